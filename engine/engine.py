@@ -1,0 +1,416 @@
+"""The composition root: starts and stops every part, and owns every task."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from engine.call import OnProgress, Stream
+from engine.errors import Cause, ReasonCode, SetupError, UnknownPlugin
+from engine.lifecycle.states import Trigger
+from engine.loader.discovery import discover, reread
+from engine.loader.findings import Finding
+from engine.loader.gpu import GpuCheck
+from engine.loader.manifest import Limits, Package
+from engine.outcome import Outcome
+from engine.registry import Incarnation, PluginRegistry
+from engine.runner import ToolRunner
+from engine.sandbox.limits import MemoryWatch
+from engine.sandbox.spawner import Spawner
+from engine.sandbox.wire import Encoded
+from engine.settings import Settings
+from engine.startup import Starter
+from events.audit import AuditLog
+from events.bus import EventBus, Fault
+from events.envelope import EngineStarted, EngineStopping, Event, decode
+from events.log import CorruptLog, EventLog, LogUnavailable
+from events.metrics import Metrics
+from events.projections import Health, HealthProjection, health
+
+log = structlog.get_logger(__name__)
+
+try:
+    VERSION = version("holdfast")
+except PackageNotFoundError:  # a checkout that is not installed
+    VERSION = "0"
+
+_PACKAGE = Path(__file__).resolve().parent
+_RESTARTED = Cause(ReasonCode.RESTARTED, "the plugin was restarted while the call waited; call again")
+
+
+class ToolDescription(msgspec.Struct, frozen=True):
+    """A tool, for its callers. `parameters` is a JSON Schema, null until the plugin was INITIALIZED."""
+
+    name: str
+    description: str
+    timeout_s: float
+    rejects: tuple[str, ...]
+    streams: bool
+    progress: bool
+    parameters: msgspec.Raw
+
+
+class PluginDescription(msgspec.Struct, frozen=True):
+    """A plugin's manifest, tools and checks. Its `[settings]` stay private: they may hold secrets."""
+
+    name: str
+    state: str
+    reason: str | None
+    reason_code: str | None
+    folder: str
+    version: str | None = None
+    description: str | None = None
+    entry: str | None = None
+    requires_gpu: bool = False
+    packages: tuple[str | Package, ...] = ()
+    models: dict[str, str] = {}
+    limits: Limits | None = None
+    tools: tuple[ToolDescription, ...] = ()
+    checks: tuple[Finding, ...] = ()
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One part of the engine, for `/readyz?verbose`."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class Engine:
+    """Hosts plugins. Use as `async with Engine(settings) as engine`.
+
+    Everything but `health`, `plugins` and `describe`, which any thread may call, belongs to one event loop.
+
+    Raises (from entering):
+        SetupError: the data folder, the event log or a plugin folder cannot be used; one line, with what to do.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.instance = f"holdfast/{uuid.uuid4()}"
+        self.faults: dict[str, Fault] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._restarting: dict[str, asyncio.Lock] = {}
+        self._settled = False
+        self._stopping = False
+
+    async def __aenter__(self) -> Engine:
+        await self.open()
+        try:
+            await self.settle()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # Start and stop.
+
+    async def open(self) -> None:
+        """Open the log, discover and register the plugins. Health is there from now on, all of it LOADED."""
+        settings = self.settings
+        candidates = await asyncio.to_thread(
+            discover,
+            settings.plugin_dirs,
+            bundled=_bundled() if settings.bundled else None,
+            entry_points=settings.entry_points,
+        )
+        data_dir = settings.data_dir.absolute()
+        self.log = await asyncio.to_thread(self._open_log, data_dir)
+        self.audit = await asyncio.to_thread(
+            AuditLog.open, data_dir / "audit.jsonl", redact=[settings.token] if settings.token else []
+        )
+        await asyncio.to_thread(self.audit.attach, self.log)
+        views, last = self.log.load()
+        self.bus = EventBus(HealthProjection(views), last=last)
+        self.metrics = Metrics()
+        self.metrics.watch(bus=self.bus, log=self.log, audit=self.audit, engine_faults=self._fault_count)
+        self.bus.subscribe(self.log)
+        self.bus.subscribe(self.metrics)
+        self.bus.publish(EngineStarted(VERSION, os.getpid()))
+
+        self.scratch_root = data_dir / "scratch" / self.instance.rpartition("/")[2]
+        await asyncio.to_thread(_remove_stale, self.scratch_root.parent)
+        self._spawner = Spawner(self.scratch_root)
+        self._watch = MemoryWatch(settings.memory_interval_s)
+        self._own("memory_watch", self._watch.run())
+        gpu = GpuCheck(timeout_s=settings.gpu_check_timeout_s)
+        self.registry = PluginRegistry(self.bus)
+        self._starter = Starter(settings, self.bus, self._spawner, self._watch, gpu, self._fail)
+        self._runner = ToolRunner(settings, self.registry, self.bus, self._fail, self._note_fault)
+        for candidate in candidates:
+            self.registry.begin(candidate)
+
+    async def settle(self) -> None:
+        """Start every plugin; returns when each has settled, in service or not."""
+        starts = [
+            self._own(f"start {incarnation.name}", self._starter.settle(incarnation))
+            for incarnation in self.registry.all()
+        ]
+        if starts:
+            await asyncio.wait(starts)
+        self._settled = True
+
+    async def close(self) -> None:
+        """Stop: no new calls, `drain_s` for those in flight, then the workers, then the log."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self.bus.publish(EngineStopping())
+        left = await self._runner.drain(self.settings.drain_s)
+        if left:
+            log.warning("calls_not_drained", calls=left, drain_s=self.settings.drain_s)
+        pools = [incarnation.pool for incarnation in self.registry.all() if incarnation.pool is not None]
+        await asyncio.gather(*(pool.end() for pool in pools))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._spawner.close()
+        state = await asyncio.to_thread(self.log.close)
+        await asyncio.to_thread(self.audit.close)
+        if state.backlog:
+            log.error("events_not_written", events=state.backlog, error=state.error)
+
+    def _open_log(self, data_dir: Path) -> EventLog:
+        path = data_dir / "events.db"
+        settings = self.settings
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                return EventLog.open(path, source=self.instance, backlog=settings.log_backlog)
+            except CorruptLog as exc:
+                if not settings.repair_log:
+                    raise
+                aside = EventLog.repair(path)
+                log.warning("log_moved_aside", path=str(path), aside=str(aside), why=str(exc))
+                return EventLog.open(path, source=self.instance, backlog=settings.log_backlog)
+        except (CorruptLog, LogUnavailable) as exc:
+            raise SetupError(str(exc)) from exc
+        except OSError as exc:
+            raise SetupError(
+                f"the data folder {data_dir} cannot be used: {exc.strerror}; choose another one"
+            ) from exc
+
+    # Calls.
+
+    async def run(
+        self,
+        plugin: str,
+        tool: str,
+        arguments: Mapping[str, Any] | Encoded | None = None,
+        *,
+        request_id: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Outcome:
+        """Run a tool. Never raises for a plugin's sake; see `Outcome`.
+
+        Args:
+            plugin: its name.
+            tool: its name.
+            arguments: by parameter name: JSON values, bytes, arrays, paths.
+            request_id: stands in the call's events and its outcome; made up if not given.
+            on_progress: takes (done, total) of a tool that reports progress.
+        """
+        return await self._runner.run(
+            plugin, tool, arguments or {}, request_id=request_id, on_progress=on_progress
+        )
+
+    def stream(
+        self,
+        plugin: str,
+        tool: str,
+        arguments: Mapping[str, Any] | Encoded | None = None,
+        *,
+        request_id: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Stream:
+        """Run a streaming tool; iterate over its items as they come. The call begins at once.
+
+        Raises (from iterating):
+            CallFailed: after the items that came, unless the outcome is `Completed`.
+        """
+        stream = Stream(self.settings.stream_items, self.settings.stream_stall_s)
+        self._own(
+            "stream",
+            self._runner.run(
+                plugin, tool, arguments or {}, request_id=request_id, stream=stream, on_progress=on_progress
+            ),
+        )
+        return stream
+
+    async def restart(self, name: str) -> Health:
+        """End the plugin's incarnation and begin the next one, read again from disk; returns once it has settled.
+
+        Raises:
+            UnknownPlugin: there is none of that name.
+            SetupError: the engine is stopping.
+        """
+        self.registry.get(name)
+        # In a task of its own: a caller that goes away must not leave the plugin half restarted.
+        return await asyncio.shield(self._own(f"restart {name}", self._restart(name)))
+
+    async def _restart(self, name: str) -> Health:
+        async with self._restarting.setdefault(name, asyncio.Lock()):
+            if self._stopping:
+                raise SetupError("the engine is stopping; restart the plugin at the next one")
+            old = self.registry.get(name)
+            if old.pool is not None:
+                old.pool.close(_RESTARTED)
+                await old.pool.end()
+            candidate = await asyncio.to_thread(reread, old.candidate)
+            await self._starter.settle(self.registry.begin(candidate), refresh_gpu=True)
+            return self.health(name)
+
+    # Reading. Any thread.
+
+    def health(self, name: str) -> Health:
+        """A plugin's health, from the projection.
+
+        Raises:
+            UnknownPlugin: with the nearest name there is.
+        """
+        view = self.bus.projection.view(name)
+        if view is None:
+            self.registry.get(name)  # raises, with the nearest name
+            raise UnknownPlugin(f"there is no plugin `{name}`")
+        return health(view, time.time_ns(), self._memory_bytes(name))
+
+    def plugins(self) -> list[Health]:
+        """The health of all plugins, in the order of their discovery."""
+        now_ns = time.time_ns()
+        return [health(view, now_ns, self._memory_bytes(view.name)) for view in self.bus.projection.views()]
+
+    def describe(self, name: str) -> PluginDescription:
+        """A plugin's manifest, tools and checks.
+
+        Raises:
+            UnknownPlugin: with the nearest name there is.
+        """
+        incarnation = self.registry.get(name)
+        status, manifest = incarnation.status, incarnation.manifest
+        head = PluginDescription(
+            name=name,
+            state=status.state.value,
+            reason=None if status.cause is None else status.cause.reason,
+            reason_code=None if status.cause is None else status.cause.reason_code.value,
+            folder=str(incarnation.candidate.folder),
+        )
+        if manifest is None:
+            return head
+        return msgspec.structs.replace(
+            head,
+            version=manifest.version,
+            description=manifest.description,
+            entry=manifest.entry,
+            requires_gpu=manifest.requires_gpu,
+            packages=manifest.packages,
+            models=manifest.models,
+            limits=manifest.limits,
+            tools=_tools(incarnation),
+            checks=tuple(incarnation.findings),
+        )
+
+    async def events(self, after: int = 0) -> AsyncIterator[Event]:
+        """Every event after number `after`: replayed from the log, then live. Only durable ones."""
+        async for batch in self.log.subscribe(after):
+            for record in batch:
+                yield decode(record.json)
+
+    def parts(self) -> list[Part]:
+        """How the engine's own parts are; a plugin's trouble is never among them."""
+        state, audit = self.log.state, self.audit.state
+        faults = {**self.faults, **self.bus.faults, **self.log.faults}
+        plugins = self.bus.projection.views()
+        return [
+            Part("engine", not self._stopping, "stopping" if self._stopping else "running"),
+            Part("plugins", self._settled, f"{len(plugins)} registered" + ("" if self._settled else ", starting")),
+            Part("log", state.ok, state.error or f"durable up to {state.durable}, {state.backlog} waiting"),
+            Part("audit", audit.ok, audit.error or f"written up to {audit.last}"),
+            Part(
+                "faults",
+                True,
+                "; ".join(f"{name}: {f.count}, last {f.last}" for name, f in faults.items()) or "none",
+            ),
+        ]
+
+    def ready(self) -> bool:
+        """Whether calls are taken and events are kept."""
+        return all(part.ok for part in self.parts())
+
+    def _memory_bytes(self, name: str) -> int | None:
+        pool = self.registry.get(name).pool
+        if pool is None:
+            return None
+        return sum(worker.memory_bytes for worker in pool.workers if not worker.dead) or None
+
+    # Faults and tasks.
+
+    def _fail(self, incarnation: Incarnation, cause: Cause) -> None:
+        """FAILED, and its workers ended: nothing of a broken plugin goes on."""
+        incarnation.leave_service(Trigger.FAIL, cause)
+        if incarnation.pool is not None:
+            self._own(f"end {incarnation.name}", incarnation.pool.end())
+
+    def _own(self, name: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            self._note_fault(task.get_name(), exc)
+            log.error("task_failed", task=task.get_name(), exc_info=exc)
+
+    def _fault_count(self) -> int:
+        return sum(fault.count for fault in self.faults.copy().values())
+
+    def _note_fault(self, name: str, exc: BaseException) -> None:
+        seen = self.faults.get(name)
+        self.faults[name] = Fault(1 if seen is None else seen.count + 1, f"{type(exc).__name__}: {exc}")
+
+
+def _bundled() -> Path:
+    """The folder of the bundled plugins: inside the package when installed, beside it in a checkout."""
+    installed = _PACKAGE / "_bundled"
+    return installed if installed.is_dir() else _PACKAGE.parent / "plugins"
+
+
+def _tools(incarnation: Incarnation) -> tuple[ToolDescription, ...]:
+    manifest = incarnation.manifest
+    if manifest is None:
+        return ()
+    described = []
+    for name, tool in manifest.tools.items():
+        info = incarnation.tools.get(name)
+        described.append(
+            ToolDescription(
+                name=name,
+                description=tool.description,
+                timeout_s=manifest.timeout_s(name),
+                rejects=tool.rejects,
+                streams=info is not None and info.streams,
+                progress=info is not None and info.progress,
+                parameters=msgspec.Raw(b"null" if info is None else info.parameters.encode()),
+            )
+        )
+    return tuple(described)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Scratch folders of engines that are gone; their fork servers remove them, unless the machine went down."""
+    shutil.rmtree(folder, ignore_errors=True)

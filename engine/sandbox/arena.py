@@ -1,0 +1,106 @@
+"""The arena: a sealed memfd through which large payloads cross, one copy in and one copy out.
+
+Each worker has two, one per direction. Both are created by the engine at their full size (sparse: a page
+costs memory once it is written) and sealed against shrinking and growing, so that no worker can make the
+engine touch a page that is gone. What the engine reads out of an arena it copies before it looks at it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from typing import Final
+
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+ALIGN: Final = 64  # a cache line; also enough for any vector instruction
+
+# Below this, a copy through the socket costs less than the arena's bookkeeping.
+THRESHOLD_BYTES: Final = 64 * 1024
+
+
+class ArenaFull(ValueError):
+    """The payloads of one call are larger than the arena."""
+
+
+def create(size: int) -> int:
+    """A new sealed memfd of `size` bytes; returns its descriptor."""
+    fd = os.memfd_create("holdfast-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Arena:
+    """A mapping of an arena, in either process.
+
+    One call owns it at a time: the writer calls `reset` when a call begins, and every `write` of that call
+    goes behind the one before.
+    """
+
+    def __init__(self, fd: int, *, writable: bool) -> None:
+        self.fd = fd
+        self.size = os.fstat(fd).st_size
+        self._access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._mapping: mmap.mmap | None = None
+        self._floor = 0  # below it lies what a plugin kept
+        self._end = 0
+
+    @property
+    def mapping(self) -> mmap.mmap:
+        """The shared pages, mapped on first use."""
+        if self._mapping is None:
+            self._mapping = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, self._access)
+        return self._mapping
+
+    def reset(self) -> None:
+        """Begin a call: everything written before may be overwritten, except what was kept."""
+        self._end = self._floor
+
+    def keep(self) -> None:
+        """Never overwrite what was written so far: the other side holds on to it."""
+        self._floor = self._end
+
+    def write(self, data: memoryview | bytes | bytearray) -> tuple[int, int]:
+        """Copy `data` in; returns its (offset, length).
+
+        Raises:
+            ArenaFull: it does not fit behind what this call wrote before.
+        """
+        length = len(data)
+        offset = self._end
+        if offset + length > self.size:
+            raise ArenaFull(f"{offset + length} bytes; the arena holds {self.size}")
+        self.mapping[offset : offset + length] = bytes(data) if isinstance(data, bytearray) else data
+        self._end = -(-(offset + length) // ALIGN) * ALIGN
+        return offset, length
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """The bytes at (offset, length), without a copy; the other side may still change them.
+
+        Raises:
+            ValueError: outside the arena.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(f"arena reference ({offset}, {length}) is outside its {self.size} bytes")
+        return memoryview(self.mapping)[offset : offset + length]
+
+    def copy(self, offset: int, length: int) -> bytes:
+        """The bytes at (offset, length), copied. Raises ValueError like `view`."""
+        with self.view(offset, length) as view:
+            return bytes(view)
+
+    def release(self) -> bool:
+        """Unmap. False where a view is still held; then it stays mapped for as long as that view lives."""
+        if self._mapping is None:
+            return True
+        mapping, self._mapping = self._mapping, None
+        try:
+            mapping.close()
+        except BufferError:
+            return False
+        return True

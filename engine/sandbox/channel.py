@@ -1,0 +1,105 @@
+"""The engine's end of a worker's channel: a protocol straight on the socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+
+from engine.sandbox import wire
+
+
+class ProtocolBreach(Exception):
+    """The worker sent what no worker sends; the message says what."""
+
+
+class Channel(asyncio.Protocol):
+    """Cuts the byte stream into frames and hands on the messages.
+
+    Args:
+        on_message: takes each message; may raise ProtocolBreach.
+        on_lost: called once: with the breach, or with None where the other side closed.
+    """
+
+    def __init__(self, on_message: Callable[[Any], None], on_lost: Callable[[str | None], None]) -> None:
+        self._on_message = on_message
+        self._on_lost: Callable[[str | None], None] | None = on_lost
+        self._transport: asyncio.Transport | None = None
+        self._received = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The transport is ours."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but inheritance
+
+    def data_received(self, data: bytes) -> None:
+        """Deliver every whole frame; keep the rest."""
+        if self._on_lost is None:
+            return
+        self._received += data
+        try:
+            self._deliver()
+        except ProtocolBreach as exc:
+            self._lose(str(exc))
+
+    def _deliver(self) -> None:
+        header, at = wire.HEADER.size, 0
+        received = self._received
+        while len(received) - at >= header:
+            length = wire.HEADER.unpack_from(received, at)[0]
+            if length > wire.MAX_FRAME_BYTES:
+                raise ProtocolBreach(
+                    f"it announced a frame of {length} bytes; at most {wire.MAX_FRAME_BYTES} may come"
+                )
+            end = at + header + length
+            if len(received) < end:
+                break
+            frame = bytes(received[at + header : end])
+            at = end
+            try:
+                message = wire.from_worker.decode(frame)
+            except (msgspec.DecodeError, RecursionError) as exc:
+                raise ProtocolBreach(f"it sent a frame that is no message ({exc})") from exc
+            self._on_message(message)
+        del received[:at]
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """The other side closed, or the socket broke."""
+        self._lose(None)
+
+    def eof_received(self) -> bool:
+        """Nothing more will come: close our side too."""
+        return False
+
+    def send(self, message: wire.Message) -> None:
+        """Send one message."""
+        self.write(wire.frame(message))
+
+    def write(self, frame: bytes) -> None:
+        """Send a frame. After the channel is lost this does nothing; the worker's death answers instead."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
+
+    def pause(self) -> None:
+        """Read nothing more: the worker waits once the socket's buffer is full."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def close(self) -> None:
+        """Close our side; the worker then ends."""
+        self._on_lost = None
+        if self._transport is not None:
+            self._transport.close()
+
+    def _lose(self, breach: str | None) -> None:
+        on_lost, self._on_lost = self._on_lost, None
+        if self._transport is not None:
+            self._transport.close()
+        if on_lost is not None:
+            on_lost(breach)

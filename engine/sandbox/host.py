@@ -1,0 +1,496 @@
+"""A worker as the engine sees it: started, called, watched, ended.
+
+    engine                                   worker
+      │  Fork (fork server) ──────────────────▶ forked, confined
+      │◀───────────────────────────── Hello ────┤
+      ├── Start ──────────────────────────────▶ import, __init__, validate
+      │◀──────────── Stage… Ready | StartFailed ┤
+      ├── Call ───────────────────────────────▶ check arguments, run the tool
+      │◀─ Began? Progress… Item… Result | Failed┤
+      └── close ──────────────────────────────▶ atexit, exit
+
+Whatever happens in between, a worker ends exactly once, with one `Verdict`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import msgspec
+import structlog
+
+from engine.errors import Cause, ReasonCode
+from engine.outcome import Array
+from engine.sandbox import arena, proc, values, wire
+from engine.sandbox.channel import Channel, ProtocolBreach
+from engine.sandbox.limits import MemoryWatch
+from engine.sandbox.output import Output, RateLimit
+from engine.sandbox.spawner import Spawned, Spawner
+from engine.sandbox.verdict import (
+    Ending,
+    Evidence,
+    ExitStatus,
+    Verdict,
+    failed_call,
+    failed_start,
+    stage_name,
+    verdict,
+)
+
+log = structlog.get_logger(__name__)
+
+_STACK_WAIT_S = 0.1  # for a hung worker's stack; faulthandler writes it in under a millisecond
+_STACK_BYTES = 65536  # the capacity of a pipe
+_EXIT_WAIT_S = 0.25  # between the channel's end and the process's, before it counts as a breach
+_REAP_WAIT_S = 5.0  # for a killed process to die
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """What a worker is started with."""
+
+    start: wire.Start
+    incarnation: int
+    start_timeout_s: float
+    arena_bytes: int
+    log_lines_per_s: float
+    stop_grace_s: float
+
+
+class Observer(Protocol):
+    """Is told what goes on in a worker, besides the calls' own answers. Nothing here may block."""
+
+    def worker_started(self, pid: int) -> None:
+        """A process exists."""
+
+    def worker_exited(self, worker: Worker, status: ExitStatus, verdict: Verdict) -> None:
+        """It is gone, with everything it had started."""
+
+    def log_line(self, stream: str, level: str, line: str, dropped: int) -> None:
+        """The plugin wrote something."""
+
+
+class Value(msgspec.Struct, frozen=True):
+    """A tool's result."""
+
+    value: Any
+
+
+class Rejected(msgspec.Struct, frozen=True):
+    """The caller's input was bad; the plugin is as it was."""
+
+    error_type: str
+    message: str
+
+
+class Broken(msgspec.Struct, frozen=True):
+    """The plugin broke. `error_type` is the exception's, where there was one."""
+
+    cause: Cause
+    error_type: str = ""
+
+
+Reply: TypeAlias = Value | Rejected | Broken
+
+
+class Sink(Protocol):
+    """Where a running call's signs of life go. `held_s` is how long the caller kept the worker waiting."""
+
+    def began(self) -> None:
+        """The arguments were accepted; plugin code runs now."""
+
+    def progress(self, done: float, total: float) -> None:
+        """The tool said how far it is."""
+
+    def item(self, value: Any, size_bytes: int, channel: Channel) -> None:
+        """One item of a stream. May pause the channel, to resume it once the consumer has caught up."""
+
+    def take_held_s(self) -> float:
+        """Seconds for which the consumer held the worker up since the last time this was asked."""
+
+
+class _Running(msgspec.Struct):
+    call_id: int
+    tool: str
+    sink: Sink
+    reply: asyncio.Future[Reply]
+
+
+class StartFailed(Exception):
+    """The worker did not get as far as Ready; `cause` says why."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(cause.reason)
+        self.cause = cause
+
+
+class Worker:
+    """One worker process. Made by `start`; ended by `end`, or by itself."""
+
+    def __init__(self, spec: WorkerSpec, spawned: Spawned, observer: Observer, watch: MemoryWatch) -> None:
+        self.pid = spawned.pid
+        self.memory_limit_bytes = spec.start.memory_bytes
+        self.memory_bytes = 0
+        self.memory_peak_bytes = 0
+        self.tools: dict[str, wire.ToolInfo] = {}
+        self._spec = spec
+        self._spawned = spawned
+        self._observer = observer
+        self._watch = watch
+        self._loop = asyncio.get_running_loop()
+        self._hello: asyncio.Future[wire.Hello] = self._loop.create_future()
+        self._started: asyncio.Future[wire.Ready | wire.StartFailed] = self._loop.create_future()
+        self._dead: asyncio.Future[Verdict] = self._loop.create_future()
+        self._stage = ""
+        self._main_thread = 0
+        self._running: _Running | None = None
+        self._next_call_id = 0
+        self._ending: Ending | None = None
+        self._breach = ""
+        self._known: Cause | None = None
+        self._limit_s = 0.0
+        self._log_rate = RateLimit(spec.log_lines_per_s)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether plugin code may be running."""
+        return self._running is not None or not self._started.done()
+
+    @property
+    def dead(self) -> bool:
+        """Whether the process is gone."""
+        return self._dead.done()
+
+    # Start.
+
+    @classmethod
+    async def start(
+        cls, spec: WorkerSpec, spawner: Spawner, observer: Observer, watch: MemoryWatch, scratch: Path
+    ) -> Worker:
+        """A worker whose plugin passed `validate()`.
+
+        Raises:
+            StartFailed: it did not; the process is gone.
+            SpawnFailed: the engine could not make a process.
+        """
+        ours, theirs = socket.socketpair()
+        output, output_end = os.pipe2(os.O_CLOEXEC)
+        stack, stack_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        arena_in, arena_out = arena.create(spec.arena_bytes), arena.create(spec.start.max_result_bytes)
+        try:
+            spawned = await spawner.spawn([theirs.fileno(), output_end, stack_end, arena_in, arena_out], scratch)
+        except BaseException:
+            ours.close()
+            for fd in (output, stack, arena_in, arena_out):
+                os.close(fd)
+            raise
+        finally:
+            theirs.close()
+            os.close(output_end)
+            os.close(stack_end)
+        worker = cls(spec, spawned, observer, watch)
+        await worker._connect(ours, output, stack, arena_in, arena_out)
+        await worker._bring_up()
+        return worker
+
+    async def _connect(
+        self, channel: socket.socket, output: int, stack: int, arena_in: int, arena_out: int
+    ) -> None:
+        self._arena_in = arena.Arena(arena_in, writable=True)
+        self._arena_out = arena.Arena(arena_out, writable=False)
+        self._decoder = values.Decoder(self._arena_out, _make_array)
+        self._stack_fd = stack
+        self._output = Output(output, self._on_output, self._spec.log_lines_per_s)
+        self._observer.worker_started(self.pid)
+        self._watch.add(self)
+        _, self._channel = await self._loop.create_unix_connection(
+            lambda: Channel(self._on_message, self._on_channel_lost), sock=channel
+        )
+        self._died = asyncio.Event()
+        self._loop.add_reader(self._spawned.pidfd, self._died.set)
+        self._own(self._reap())
+
+    async def _bring_up(self) -> None:
+        """Hello, Start, Ready, under the start's deadline; or StartFailed."""
+        timeout_s = self._spec.start_timeout_s
+        try:
+            report = await asyncio.wait_for(self._greet(), timeout_s)
+        except TimeoutError:
+            self._limit_s = timeout_s
+            ended = await self.end(Ending.START_TIMEOUT)
+            raise StartFailed(_cause_of(ended)) from None
+        except asyncio.CancelledError:
+            self._own(self.end(Ending.STOP))
+            raise
+        if isinstance(report, wire.Ready):
+            self.tools = report.tools
+            return
+        if isinstance(report, wire.StartFailed):
+            self._known = failed_start(report, self.memory_limit_bytes)
+            await self.end(Ending.FAILED)
+            raise StartFailed(self._known)
+        raise StartFailed(_cause_of(report))
+
+    async def _greet(self) -> wire.Ready | wire.StartFailed | Verdict:
+        for step in (self._hello, self._started):
+            await asyncio.wait({step, self._dead}, return_when=asyncio.FIRST_COMPLETED)
+            if not step.done():
+                return self._dead.result()
+            if step is self._hello:
+                self._channel.send(self._spec.start)
+        return self._started.result()
+
+    # Calls.
+
+    async def call(
+        self, tool: str, arguments: Mapping[str, Any] | wire.Encoded, timeout_s: float, sink: Sink, announce: bool
+    ) -> Reply:
+        """Run one tool. One call at a time; the caller sees to that.
+
+        Args:
+            tool: one of `tools`.
+            arguments: by name, or already encoded.
+            timeout_s: the deadline. Time for which the sink held the worker up does not count.
+            sink: is told of progress and items.
+            announce: whether `sink.began` is wanted.
+
+        Returns:
+            The value; why the input was rejected; or why the plugin broke, and then the worker is gone.
+        """
+        self._next_call_id += 1
+        try:
+            frame = self._call_frame(tool, arguments, announce)
+        except Exception as exc:  # a caller's objects may raise anything while they are encoded
+            return Rejected("BadInput", f"the arguments cannot be sent: {type(exc).__name__}: {exc}")
+        running = _Running(self._next_call_id, tool, sink, self._loop.create_future())
+        if self.dead:
+            return Broken(_cause_of(self._dead.result()))
+        self._running = running
+        self._channel.write(frame)
+        return await self._wait(running, timeout_s)
+
+    def _call_frame(self, tool: str, arguments: Mapping[str, Any] | wire.Encoded, announce: bool) -> bytes:
+        self._arena_in.reset()
+        if not isinstance(arguments, wire.Encoded):
+            arguments = wire.Encoded("python", values.encode_arguments(arguments, self._arena_in))
+        call = wire.Call(self._next_call_id, tool, arguments.encoding, arguments.data, announce)
+        return wire.frame(call)
+
+    async def _wait(self, running: _Running, timeout_s: float) -> Reply:
+        """Until the call is answered, the worker dies, or the deadline passes."""
+        left_s = timeout_s
+        try:
+            while True:
+                try:
+                    return await asyncio.wait_for(asyncio.shield(running.reply), left_s)
+                except TimeoutError:
+                    left_s = running.sink.take_held_s()
+                if left_s <= 0 and not running.reply.done():
+                    self._limit_s = timeout_s
+                    return Broken(_cause_of(await self.end(Ending.TIMEOUT)))
+        finally:
+            if running.reply.done():
+                self._running = None
+
+    # The end.
+
+    async def end(self, ending: Ending) -> Verdict:
+        """End the process and everything it started; returns once all of it is gone.
+
+        The first reason to end a worker stands; a later one only waits with it.
+        """
+        if self._ending is None and not self.dead:
+            self._ending = ending
+            self._own(self._end())
+        return await asyncio.shield(self._dead)
+
+    async def cause_of_death(self) -> Cause:
+        """Why it died, once it has."""
+        return _cause_of(await asyncio.shield(self._dead))
+
+    async def _end(self) -> None:
+        if self._ending is Ending.STOP and self._running is None and self._started.done():
+            self._channel.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._dead), self._spec.stop_grace_s)
+                return
+        if self._ending in (Ending.TIMEOUT, Ending.START_TIMEOUT):
+            await self._ask_for_stack()
+        self._signal(signal.SIGKILL)
+
+    async def _ask_for_stack(self) -> None:
+        """Have faulthandler write where the worker hangs. It answers even inside C code, if not for ever."""
+        answered = asyncio.Event()
+        self._loop.add_reader(self._stack_fd, answered.set)
+        self._signal(wire.DUMP_SIGNAL)
+        try:
+            await asyncio.wait_for(answered.wait(), _STACK_WAIT_S)
+            await asyncio.sleep(0.005)  # the dump is several writes
+        except TimeoutError:
+            log.info("no_stack", pid=self.pid)
+        finally:
+            self._loop.remove_reader(self._stack_fd)
+
+    def _signal(self, number: int) -> None:
+        """By pidfd: a pid may long be somebody else's."""
+        if self._died.is_set():
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._spawned.pidfd, number)
+
+    def on_memory_breach(self) -> None:
+        """The memory watch found it over its limit."""
+        self._own(self.end(Ending.MEMORY))
+
+    async def _reap(self) -> None:
+        """Wait for the process to die, judge, and tell everybody, once."""
+        await self._died.wait()
+        self._loop.remove_reader(self._spawned.pidfd)
+        try:
+            raw = await asyncio.wait_for(asyncio.shield(self._spawned.status), _REAP_WAIT_S)
+        except TimeoutError:
+            raw = None
+        status = ExitStatus.from_wait(raw)
+        oom_kills = 0
+        if status.signal == signal.SIGKILL and self._ending is None:
+            oom_kills = await asyncio.to_thread(proc.oom_kills) - self._watch.oom_kills
+        self._output.close()
+        judged = verdict(status, self._evidence(oom_kills))
+        self._release()
+        self._dead.set_result(judged)
+        if self._running is not None and not self._running.reply.done():
+            self._running.reply.set_result(Broken(_cause_of(judged)))
+        self._observer.worker_exited(self, status, judged)
+
+    def _evidence(self, oom_kills: int) -> Evidence:
+        if self._running is not None:
+            doing = f"`{self._running.tool}`"
+        else:
+            doing = "" if self._started.done() else stage_name(self._stage) or "its start"
+        try:
+            stack = os.read(self._stack_fd, _STACK_BYTES).decode("utf-8", "replace")
+        except BlockingIOError:
+            stack = ""
+        return Evidence(
+            folder=self._spec.start.folder,
+            doing=doing,
+            ending=self._ending,
+            known=self._known,
+            breach=self._breach,
+            limit_s=self._limit_s,
+            memory_limit_bytes=self.memory_limit_bytes,
+            memory_peak_bytes=self.memory_peak_bytes,
+            oom_kills=oom_kills,
+            stack=stack,
+            main_thread=self._main_thread,
+            output_tail=self._output.tail(),
+        )
+
+    def _release(self) -> None:
+        self._watch.discard(self)
+        self._channel.close()
+        for mapped in (self._arena_in, self._arena_out):
+            mapped.release()
+            os.close(mapped.fd)
+        os.close(self._stack_fd)
+        os.close(self._spawned.pidfd)
+
+    # What the worker says.
+
+    def _on_message(self, message: Any) -> None:
+        match message:
+            case wire.Result() | wire.Failed():
+                self._on_answer(message)
+            case wire.Item(call_id=call_id, value=value):
+                self._current(call_id).sink.item(self._decode(value), memoryview(value).nbytes, self._channel)
+            case wire.Progress(call_id=call_id, done=done, total=total):
+                self._current(call_id).sink.progress(done, total)
+            case wire.Began(call_id=call_id):
+                self._current(call_id).sink.began()
+            case wire.LogLine(level=level, message=line):
+                if (dropped := self._log_rate.admit()) is not None:
+                    self._observer.log_line("log", level, line, dropped)
+            case wire.Stage(name=name):
+                self._stage = name
+            case wire.Hello() if not self._hello.done():
+                self._on_hello(message)
+            case wire.Ready() | wire.StartFailed() if self._hello.done() and not self._started.done():
+                self._started.set_result(message)
+            case _:
+                raise ProtocolBreach(f"it sent {type(message).__name__} out of turn")
+
+    def _on_hello(self, hello: wire.Hello) -> None:
+        if hello.protocol != wire.PROTOCOL:
+            raise ProtocolBreach(f"it speaks protocol {hello.protocol}, the engine {wire.PROTOCOL}")
+        self._main_thread = hello.main_thread
+        self._hello.set_result(hello)
+
+    def _current(self, call_id: int) -> _Running:
+        if self._running is None or self._running.call_id != call_id or self._running.reply.done():
+            raise ProtocolBreach(f"it spoke of call {call_id}, which does not run")
+        return self._running
+
+    def _on_answer(self, answer: wire.Result | wire.Failed) -> None:
+        running = self._current(answer.call_id)
+        if answer.retained:
+            self._arena_in.keep()
+        if isinstance(answer, wire.Result):
+            running.reply.set_result(Value(self._decode(answer.value)))
+        elif answer.kind in ("bad_input", "rejected"):
+            running.reply.set_result(Rejected(answer.error_type, answer.message))
+        else:
+            self._known = failed_call(answer, running.tool, self.memory_limit_bytes)
+            running.reply.set_result(Broken(self._known, answer.error_type))
+            self._own(self.end(Ending.FAILED))
+
+    def _decode(self, value: msgspec.Raw) -> Any:
+        try:
+            return self._decoder.decode(value)
+        except Exception as exc:  # a worker may send anything; what does not decode is its breach
+            raise ProtocolBreach(f"it sent a value that does not decode ({type(exc).__name__}: {exc})") from exc
+
+    def _on_channel_lost(self, breach: str | None) -> None:
+        """The channel is over: by a breach, by the worker's death, or because the plugin closed it."""
+        if self._ending is None and not self.dead:
+            self._own(self._after_channel_lost(breach))
+
+    async def _after_channel_lost(self, breach: str | None) -> None:
+        if breach is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._died.wait(), _EXIT_WAIT_S)
+                return  # it died, and its exit status says how
+            breach = "it closed the descriptors that connect it with the engine"
+        self._breach = breach
+        await self.end(Ending.PROTOCOL)
+
+    def _on_output(self, line: str, dropped: int) -> None:
+        self._observer.log_line("output", "info", line, dropped)
+
+    def _own(self, work: Any) -> None:
+        """Run a coroutine that belongs to this worker."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("worker_task_failed", pid=self.pid, exc_info=exc)
+
+
+def _make_array(typestr: str, shape: tuple[int, ...], data: memoryview) -> Array:
+    return Array(typestr, shape, bytes(data))
+
+
+def _cause_of(judged: Verdict) -> Cause:
+    """The cause for a caller; a healthy worker that we ended under a call was ended by a restart or a stop."""
+    if judged.cause is not None:
+        return judged.cause
+    return Cause(ReasonCode.RESTARTED, "the plugin was stopped or restarted while the call ran; call again")

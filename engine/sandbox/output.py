@@ -1,0 +1,99 @@
+"""What a plugin prints: captured line by line, rate-limited, with a tail kept for the verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeAlias
+
+_CHUNK_BYTES = 65536
+_LINE_BYTES = 4096  # a longer line is cut into pieces of this size
+_TAIL_LINES = 20
+
+OnLine: TypeAlias = Callable[[str, int], None]  # (line, lines dropped before it)
+
+
+class RateLimit:
+    """A token bucket: `per_s` on average, twice that in a burst."""
+
+    def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_s = per_s
+        self._clock = clock
+        self._tokens = 2 * per_s
+        self._at = clock()
+        self._dropped = 0
+
+    def admit(self) -> int | None:
+        """None: over the limit. Otherwise how many were dropped since the last one admitted."""
+        now = self._clock()
+        self._tokens = min(2 * self._per_s, self._tokens + (now - self._at) * self._per_s)
+        self._at = now
+        if self._tokens < 1:
+            self._dropped += 1
+            return None
+        self._tokens -= 1
+        dropped, self._dropped = self._dropped, 0
+        return dropped
+
+
+class Output:
+    """Reads the pipe behind a worker's descriptors 1 and 2 without ever blocking.
+
+    Args:
+        fd: the reading end; closed by `close`.
+        on_line: takes each line that is within the rate.
+        lines_per_s: the rate.
+    """
+
+    def __init__(self, fd: int, on_line: OnLine, lines_per_s: float) -> None:
+        self._fd = fd
+        self._on_line = on_line
+        self._rate = RateLimit(lines_per_s)
+        self._partial = b""
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        os.set_blocking(fd, False)
+        asyncio.get_running_loop().add_reader(fd, self._read)
+
+    def tail(self) -> str:
+        """The last lines, oldest first."""
+        return "\n".join(self._tail)
+
+    def close(self) -> None:
+        """Read what is left, at most a pipe's worth, and stop."""
+        if self._fd < 0:
+            return
+        for _ in range(16):
+            if not self._read():
+                break
+        if self._partial:
+            self._line(self._partial)
+        asyncio.get_running_loop().remove_reader(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+
+    def _read(self) -> bool:
+        """One chunk. False where there is nothing more for now."""
+        try:
+            chunk = os.read(self._fd, _CHUNK_BYTES)
+        except BlockingIOError:
+            return False
+        if not chunk:  # every writer is gone; the pidfd tells the rest
+            asyncio.get_running_loop().remove_reader(self._fd)
+            return False
+        *lines, self._partial = (self._partial + chunk).split(b"\n")
+        for line in lines:
+            self._line(line)
+        while len(self._partial) > _LINE_BYTES:
+            self._line(self._partial[:_LINE_BYTES])
+            self._partial = self._partial[_LINE_BYTES:]
+        return True
+
+    def _line(self, raw: bytes) -> None:
+        dropped = self._rate.admit()
+        text = raw[:_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
+        self._tail.append(text)
+        if dropped is not None:
+            self._on_line(text, dropped)

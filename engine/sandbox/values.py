@@ -1,0 +1,152 @@
+"""Arguments and results as MessagePack: what crosses inside a frame, and what crosses in the arena.
+
+Plain values, dataclasses and short bytes go inline. Arrays, and anything whose encoding is long, go through the
+arena where there is one. Both sides encode the same way; they differ in what an array becomes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
+from typing import Any, TypeAlias
+
+from msgspec import msgpack
+
+from engine.sandbox.arena import THRESHOLD_BYTES, Arena
+
+# MessagePack extension codes of what MessagePack itself does not know.
+EXT_ARENA_BYTES = 1  # (offset, length): bytes in the arena
+EXT_ARENA_ARRAY = 2  # (typestr, shape, offset, length): an array in the arena
+EXT_ARENA_VALUE = 3  # (offset, length): the encoding of the whole value, in the arena
+EXT_ARRAY = 4  # (typestr, shape, data): an array, inline
+EXT_FILE = 5  # path: a file that the caller sent
+
+MakeArray: TypeAlias = Callable[[str, tuple[int, ...], memoryview], Any]
+
+# Kinds in numpy's array interface that hold their own bytes: numbers, booleans, times, text.
+_KINDS = frozenset("biufcmMSUV")
+_pack = msgpack.encode
+
+
+class FilePart:
+    """A file among the arguments of a form."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+def encode(value: Any, arena: Arena | None) -> bytes:
+    """The MessagePack of a value.
+
+    Args:
+        value: JSON-able values, dataclasses, bytes, paths, and arrays (anything with numpy's array interface).
+        arena: where large parts go; None puts everything inline.
+
+    Raises:
+        TypeError, ValueError, OverflowError, RecursionError, UnicodeEncodeError: it has no encoding.
+        ArenaFull: it is larger than the arena.
+    """
+    if arena is not None and _is_long(value):
+        return _pack(msgpack.Ext(EXT_ARENA_BYTES, _pack(arena.write(value))))
+    encoded = _encode(value, arena)
+    if arena is not None and len(encoded) >= THRESHOLD_BYTES:
+        return _pack(msgpack.Ext(EXT_ARENA_VALUE, _pack(arena.write(encoded))))
+    return encoded
+
+
+def encode_arguments(arguments: Mapping[str, Any], arena: Arena) -> bytes:
+    """Like `encode`, for a call's arguments: each long bytes argument goes to the arena by itself."""
+    parts = {
+        name: msgpack.Ext(EXT_ARENA_BYTES, _pack(arena.write(value))) if _is_long(value) else value
+        for name, value in arguments.items()
+    }
+    return encode(parts, arena)
+
+
+def _is_long(value: Any) -> bool:
+    return isinstance(value, bytes | bytearray) and len(value) >= THRESHOLD_BYTES
+
+
+def _encode(value: Any, arena: Arena | None) -> bytes:
+    def hook(part: Any) -> Any:
+        if isinstance(part, PurePath):
+            return str(part)
+        if isinstance(part, FilePart):
+            return msgpack.Ext(EXT_FILE, part.path.encode())
+        array = _array_parts(part)
+        if array is None:
+            raise TypeError(f"a value of type `{type(part).__name__}` has no JSON form")
+        typestr, shape, data = array
+        if not shape:
+            return part.item()
+        if arena is not None and len(data) >= THRESHOLD_BYTES:
+            return msgpack.Ext(EXT_ARENA_ARRAY, _pack((typestr, shape, *arena.write(data))))
+        return msgpack.Ext(EXT_ARRAY, _pack((typestr, shape, data)))
+
+    return _pack(value, enc_hook=hook)
+
+
+def _array_parts(value: Any) -> tuple[str, tuple[int, ...], memoryview] | None:
+    """The typestr, shape and data of anything with numpy's array interface; without importing numpy."""
+    interface = getattr(value, "__array_interface__", None)
+    if not isinstance(interface, dict):
+        return None
+    typestr: str = interface["typestr"]
+    if typestr[1] not in _KINDS:
+        raise TypeError(f"an array of dtype {typestr} holds Python objects; convert it to numbers first")
+    shape = tuple(int(size) for size in interface["shape"])
+    if 0 in shape:
+        return typestr, shape, memoryview(b"")
+    data = interface["data"]
+    if isinstance(data, bytes):
+        return typestr, shape, memoryview(data)
+    try:
+        return typestr, shape, memoryview(value).cast("B")
+    except (TypeError, ValueError, BufferError):  # not contiguous, or a format that memoryview does not know
+        return typestr, shape, memoryview(value.tobytes())
+
+
+class Decoder:
+    """Decodes what the other side encoded.
+
+    Args:
+        arena: where its large parts lie.
+        make_array: builds an array from (typestr, shape, data). The data is a view of the arena or of the
+            frame: an implementation that keeps it must copy it.
+    """
+
+    def __init__(self, arena: Arena, make_array: MakeArray) -> None:
+        self._arena = arena
+        self._make_array = make_array
+        self._decoder = msgpack.Decoder(ext_hook=self._extension)
+
+    def decode(self, data: Any) -> Any:
+        """The value.
+
+        Raises:
+            Exception: any, where it is not what `encode` makes; the other side is then in breach.
+        """
+        return self._decoder.decode(data)
+
+    def _extension(self, code: int, data: memoryview) -> Any:
+        if code == EXT_FILE:
+            return FilePart(bytes(data).decode())
+        parts = msgpack.decode(data)
+        if code == EXT_ARENA_BYTES:
+            return self._arena.copy(*parts)
+        if code == EXT_ARENA_VALUE:
+            return self._decoder.decode(self._arena.copy(*parts))
+        if code == EXT_ARENA_ARRAY:
+            typestr, shape, offset, length = parts
+            return self._array(typestr, shape, self._arena.view(offset, length))
+        if code == EXT_ARRAY:
+            typestr, shape, content = parts
+            return self._array(typestr, shape, memoryview(content))
+        raise ValueError(f"unknown extension {code}")
+
+    def _array(self, typestr: str, shape: list[int], data: memoryview) -> Any:
+        size = int(typestr[2:]) * (4 if typestr[1] == "U" else 1)
+        if typestr[1] not in _KINDS or math.prod(shape) * size != len(data) or min(shape, default=0) < 0:
+            raise ValueError(f"an array of {typestr} and shape {shape} does not have {len(data)} bytes")
+        return self._make_array(typestr, tuple(shape), data)

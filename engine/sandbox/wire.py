@@ -1,0 +1,204 @@
+"""The wire between the engine and a worker: frames and messages (`values` has what is inside them).
+
+A frame is a 4-byte big-endian length and that many bytes of MessagePack. Messages are tagged arrays, so a
+frame says what it is in its first byte or two; new fields go at the end, with defaults. The worker speaks
+first (`Hello`, with the protocol's version); nothing that comes from a worker is ever unpickled, and anything
+that does not decode as one of `FROM_WORKER` is a protocol breach.
+
+Both sides import this module and it imports nothing of the engine: a worker must stay small.
+"""
+
+from __future__ import annotations
+
+import signal
+import struct
+from typing import TypeAlias
+
+import msgspec
+from msgspec import msgpack
+
+PROTOCOL = 1
+HEADER = struct.Struct("!I")
+# Larger values travel through the arena or are refused; no frame may make the other side allocate more.
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+
+DUMP_SIGNAL = signal.SIGRTMAX - 3  # asks a worker for its Python stack; few programs use real-time signals
+EXIT_BROKEN = 70  # a worker's exit status: Holdfast's own part of it failed
+EXIT_CHANNEL_LOST = 71  # likewise: the channel broke while the engine was alive
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
+    """Base of all messages."""
+
+
+# Engine to worker.
+
+
+class Start(Message, frozen=True, tag=1):
+    """Everything a worker needs to become a plugin; its answer is `Ready` or `StartFailed`."""
+
+    name: str
+    folder: str
+    entry: str  # module:class
+    models: dict[str, str]
+    settings: bytes  # msgpack
+    scratch: str
+    tools: dict[str, tuple[str, ...]]  # tool: the exception names that mean bad input
+    memory_bytes: int
+    max_result_bytes: int
+
+
+class Call(Message, frozen=True, tag=2):
+    """Run a tool. `encoding` says what `arguments` is: see `engine.worker.tools`."""
+
+    call_id: int
+    tool: str
+    encoding: str  # "python" (msgpack map) | "json" (JSON object) | "form" (msgpack map of text and files)
+    arguments: bytes
+    announce: bool = False  # send `Began` once the arguments are accepted
+
+
+class Encoded(msgspec.Struct, frozen=True):
+    """Arguments that came encoded: a JSON body, or the msgpack of a form's text and files."""
+
+    encoding: str  # "python" | "json" | "form"
+    data: bytes
+
+
+# Worker to engine.
+
+
+class Hello(Message, frozen=True, tag=16):
+    """The first frame of every worker."""
+
+    protocol: int
+    pid: int
+    main_thread: int  # as faulthandler prints it: the thread that runs the tools
+
+
+class Stage(Message, frozen=True, tag=17):
+    """The worker is about to enter a stage of its start: import, init or validate."""
+
+    name: str
+
+
+class ToolInfo(msgspec.Struct, frozen=True):
+    """What the worker found out about a tool from its signature."""
+
+    parameters: str  # JSON Schema of the arguments, as JSON
+    streams: bool = False
+    progress: bool = False
+
+
+class Ready(Message, frozen=True, tag=18):
+    """`validate()` passed: calls may come."""
+
+    tools: dict[str, ToolInfo]
+
+
+class StartFailed(Message, frozen=True, tag=19):
+    """The start broke in Python."""
+
+    stage: str
+    kind: str  # "exception" | "missing" | "memory" | "returned_false" | "no_validate" | "no_tool" | "no_class"
+    error_type: str
+    message: str
+    where: str  # "plugin.py:17 in `detect`", or ""
+    chain: tuple[str, ...] = ()  # the modules whose import led to what is missing
+
+
+class Began(Message, frozen=True, tag=20):
+    """The arguments were accepted; plugin code runs now."""
+
+    call_id: int
+
+
+class Progress(Message, frozen=True, tag=21):
+    """The tool called its `progress`."""
+
+    call_id: int
+    done: float
+    total: float
+
+
+class Item(Message, frozen=True, tag=22):
+    """One item of a streaming tool."""
+
+    call_id: int
+    value: msgspec.Raw
+
+
+class Result(Message, frozen=True, tag=23):
+    """The tool returned."""
+
+    call_id: int
+    value: msgspec.Raw
+    retained: bool = False  # the plugin kept a view of this call's payloads: they must stay as they are
+
+
+class Failed(Message, frozen=True, tag=24):
+    """The call has no result."""
+
+    call_id: int
+    kind: str  # "bad_input" | "rejected" | "exception" | "memory" | "invalid" | "too_large"
+    error_type: str
+    message: str
+    where: str = ""
+    retained: bool = False
+
+
+class LogLine(Message, frozen=True, tag=25):
+    """The plugin wrote to `context.log`."""
+
+    level: str
+    message: str
+
+
+# Engine to fork server and back, one message per SEQPACKET datagram.
+
+
+class Fork(Message, frozen=True, tag=40):
+    """Make a worker. Carries the descriptors of `engine.worker.serve.Descriptors`, in that order."""
+
+    token: int
+    scratch: str
+
+
+class Forked(Message, frozen=True, tag=41):
+    """It exists. Carries its pidfd."""
+
+    token: int
+    pid: int
+
+
+class Exited(Message, frozen=True, tag=42):
+    """It is dead, and so is everything it started. `status` is as from `waitpid`."""
+
+    token: int
+    status: int
+
+
+TO_WORKER: TypeAlias = Start | Call
+FROM_WORKER: TypeAlias = Hello | Stage | Ready | StartFailed | Began | Progress | Item | Result | Failed | LogLine
+
+_encoder = msgpack.Encoder()
+to_worker = msgpack.Decoder(TO_WORKER)
+from_worker = msgpack.Decoder(FROM_WORKER)
+fork_request = msgpack.Decoder(Fork)
+from_fork_server = msgpack.Decoder(Forked | Exited)
+encode = _encoder.encode
+
+
+def frame(message: Message) -> bytes:
+    """A message as a frame.
+
+    Raises:
+        ValueError: it is larger than `MAX_FRAME_BYTES`.
+    """
+    buffer = bytearray(HEADER.size)
+    _encoder.encode_into(message, buffer, HEADER.size)
+    length = len(buffer) - HEADER.size
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes; at most {MAX_FRAME_BYTES} fit")
+    HEADER.pack_into(buffer, 0, length)
+    return bytes(buffer)

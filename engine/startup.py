@@ -1,0 +1,182 @@
+"""From LOADED to where a plugin settles: checks, workers, INITIALIZED; or the reason why not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import structlog
+from msgspec import msgpack
+
+from engine.errors import Cause, ReasonCode
+from engine.lifecycle.states import Trigger
+from engine.loader.checks import check
+from engine.loader.findings import combine
+from engine.loader.gpu import GpuCheck
+from engine.loader.manifest import Manifest
+from engine.loader.model_files import resolve_models
+from engine.registry import Incarnation
+from engine.sandbox import wire
+from engine.sandbox.host import StartFailed, Worker, WorkerSpec
+from engine.sandbox.limits import MemoryWatch
+from engine.sandbox.pool import Pool
+from engine.sandbox.spawner import Spawner, SpawnFailed
+from engine.sandbox.verdict import Ending, ExitStatus, Verdict
+from engine.settings import Settings
+from events.bus import EventBus
+from events.envelope import PluginLog, WorkerExited, WorkerStarted
+
+log = structlog.get_logger(__name__)
+
+_MIB = 1024 * 1024
+
+
+class _Observer:
+    """Publishes what happens in a worker of one incarnation, and takes the plugin out of service when one dies."""
+
+    def __init__(
+        self, incarnation: Incarnation, bus: EventBus, fail: Callable[[Incarnation, Cause], None]
+    ) -> None:
+        self._incarnation = incarnation
+        self._bus = bus
+        self._fail = fail
+
+    def worker_started(self, pid: int) -> None:
+        self._bus.publish(WorkerStarted(pid, self._incarnation.status.incarnation), self._incarnation.name)
+
+    def worker_exited(self, worker: Worker, status: ExitStatus, verdict: Verdict) -> None:
+        cause = verdict.cause
+        exited = WorkerExited(
+            worker.pid,
+            self._incarnation.status.incarnation,
+            verdict.code,
+            None if cause is None else cause.reason,
+            status.code,
+            status.signal_name,
+        )
+        self._bus.publish(exited, self._incarnation.name)
+        # While it starts, the start decides: a missing package makes it UNAVAILABLE, not FAILED.
+        if cause is not None and self._incarnation.pool is not None:
+            self._fail(self._incarnation, cause)
+
+    def log_line(self, stream: str, level: str, line: str, dropped: int) -> None:
+        self._bus.publish(PluginLog(stream, level, line, dropped), self._incarnation.name)
+
+
+class Starter:
+    """Starts incarnations, a few at a time.
+
+    Args:
+        fail: takes an incarnation out of service and ends its workers.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        bus: EventBus,
+        spawner: Spawner,
+        watch: MemoryWatch,
+        gpu: GpuCheck,
+        fail: Callable[[Incarnation, Cause], None],
+    ) -> None:
+        self._settings = settings
+        self._bus = bus
+        self._spawner = spawner
+        self._watch = watch
+        self._gpu = gpu
+        self._fail = fail
+        self._slots = asyncio.Semaphore(settings.start_concurrency)
+        self._scratches = 0
+
+    async def settle(self, incarnation: Incarnation, *, refresh_gpu: bool = False) -> None:
+        """Bring a LOADED incarnation to INITIALIZED, FAILED or UNAVAILABLE. Never raises for a plugin's sake."""
+        candidate = incarnation.candidate
+        if candidate.problem is not None or candidate.manifest is None:
+            problem = candidate.problem or Cause(ReasonCode.MANIFEST_INVALID, "it has no manifest")
+            incarnation.leave_service(Trigger.FAIL, problem)
+            return
+        async with self._slots:
+            try:
+                await self._settle(incarnation, candidate.manifest, refresh_gpu)
+            except SpawnFailed as exc:
+                log.error("spawn_failed", plugin=incarnation.name, error=str(exc))
+                text = f"the engine could not start a worker: {exc}; restart the plugin"
+                incarnation.leave_service(Trigger.FAIL, Cause(ReasonCode.ENGINE_FAULT, text))
+            except Exception as exc:  # our own fault, but no plugin may be left LOADED for ever
+                log.exception("start_fault", plugin=incarnation.name)
+                text = (
+                    f"the engine's own start failed ({type(exc).__name__}: {exc}); see its log, restart the plugin"
+                )
+                incarnation.leave_service(Trigger.FAIL, Cause(ReasonCode.ENGINE_FAULT, text))
+                raise
+
+    async def _settle(self, incarnation: Incarnation, manifest: Manifest, refresh_gpu: bool) -> None:
+        folder = incarnation.candidate.folder
+        incarnation.findings = await check(manifest, folder, self._gpu, refresh_gpu=refresh_gpu)
+        if incarnation.findings:
+            incarnation.leave_service(Trigger.BECOME_UNAVAILABLE, combine(incarnation.findings))
+            return
+        models = await asyncio.to_thread(resolve_models, manifest, folder)
+        observer = _Observer(incarnation, self._bus, self._fail)
+        starts = [
+            self._start_worker(self._spec(incarnation, manifest, models), observer)
+            for _ in range(manifest.limits.workers)
+        ]
+        workers, failures = await _gather(starts)
+        if failures:
+            await asyncio.gather(*(_end(worker) for worker in workers))
+            cause = failures[0].cause
+            missing = cause.reason_code is ReasonCode.PACKAGE_MISSING
+            incarnation.leave_service(Trigger.BECOME_UNAVAILABLE if missing else Trigger.FAIL, cause)
+            return
+        incarnation.tools = workers[0].tools
+        incarnation.pool = Pool(workers, manifest.limits.queue)
+        for worker in workers:
+            if worker.dead:  # between Ready and here
+                self._fail(incarnation, await worker.cause_of_death())
+                return
+        incarnation.lifecycle.fire(Trigger.INITIALIZE)
+
+    async def _start_worker(self, spec: WorkerSpec, observer: _Observer) -> Worker:
+        scratch = Path(spec.start.scratch)
+        return await Worker.start(spec, self._spawner, observer, self._watch, scratch)
+
+    def _spec(self, incarnation: Incarnation, manifest: Manifest, models: dict[str, Path]) -> WorkerSpec:
+        self._scratches += 1
+        scratch = self._spawner.scratch_root / f"{incarnation.name}-{self._scratches}"
+        start = wire.Start(
+            name=manifest.name,
+            folder=str(incarnation.candidate.folder),
+            entry=manifest.entry,
+            models={name: str(path) for name, path in models.items()},
+            settings=msgpack.encode(manifest.settings),
+            scratch=str(scratch),
+            tools={name: tool.rejects for name, tool in manifest.tools.items()},
+            memory_bytes=manifest.limits.memory_mib * _MIB,
+            max_result_bytes=self._settings.max_result_bytes,
+        )
+        return WorkerSpec(
+            start=start,
+            incarnation=incarnation.status.incarnation,
+            start_timeout_s=manifest.limits.start_timeout_s,
+            arena_bytes=self._settings.arena_bytes,
+            log_lines_per_s=self._settings.log_lines_per_s,
+            stop_grace_s=self._settings.stop_grace_s,
+        )
+
+
+async def _gather(starts: list[Coroutine[Any, Any, Worker]]) -> tuple[list[Worker], list[StartFailed]]:
+    """Start all; the workers that came up, and why the others did not. Any other exception ends all of them."""
+    results = await asyncio.gather(*starts, return_exceptions=True)
+    workers = [result for result in results if isinstance(result, Worker)]
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, StartFailed):
+            await asyncio.gather(*(_end(worker) for worker in workers))
+            raise result
+    return workers, [result for result in results if isinstance(result, StartFailed)]
+
+
+async def _end(worker: Worker) -> None:
+    await worker.end(Ending.STOP)

@@ -1,0 +1,60 @@
+"""What a worker gives up before any plugin code is near it.
+
+Constants are from linux/prctl.h. `prctl` has no binding in the standard library, and the two or three calls
+made here do not justify a package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def prctl(option: int, value: int) -> None:
+    """`prctl(2)` with one argument.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    if _libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"prctl({option}, {value}): {os.strerror(errno)}")
+
+
+def become_subreaper() -> None:
+    """Adopt the orphans among our descendants, so that a daemon cannot slip out of the process tree."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def detach(parent: int) -> None:
+    """Own session, and death with the parent.
+
+    Raises:
+        ProcessLookupError: the parent died before the death signal was armed.
+    """
+    os.setsid()
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise ProcessLookupError("the fork server is gone")
+    become_subreaper()
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def limit(memory_bytes: int) -> None:
+    """Cap the worker's data segment, forbid core dumps, and volunteer for the kernel's OOM killer.
+
+    `RLIMIT_DATA` counts private writable memory (since Linux 4.7), so an allocation past it fails at once, in
+    this process alone. `RLIMIT_AS` would count address space too, which torch and CUDA reserve by the gigabyte.
+    """
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    Path("/proc/self/oom_score_adj").write_text("1000")

@@ -1,0 +1,88 @@
+"""Telling what an exception was and where, when it may be hostile: its `__str__` may raise, or never end."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType, TracebackType
+
+_MAX_MESSAGE = 2000  # characters of an exception's message that travel
+
+# How libraries say that an allocation failed when they do not raise MemoryError. CUDA's own out-of-memory is
+# about the GPU, which no limit of ours governs.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|insufficient memory|bad_alloc|unable to allocate|"
+    r"failed to allocate \d+ bytes",
+    re.IGNORECASE,
+)
+
+
+def type_name(kind: type[BaseException]) -> str:
+    """`ValueError`, `cv2.error`: qualified, except for builtins."""
+    module = getattr(kind, "__module__", None)
+    name = getattr(kind, "__qualname__", None) or "exception"
+    return name if module in (None, "builtins") else f"{module}.{name}"
+
+
+def message(exc: BaseException) -> str:
+    """The exception's message, shortened; or why there is none."""
+    try:
+        text = str(exc)
+    except BaseException as second:  # plugin code: `__str__` may raise anything
+        return f"<no message: its __str__ raised {type_name(type(second))}>"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}… ({len(text)} characters)"
+
+
+def is_memory(exc: BaseException) -> bool:
+    """Whether the exception says that an allocation failed, for want of host memory."""
+    if isinstance(exc, MemoryError):
+        return True
+    text = message(exc)
+    return "CUDA" not in text and _NO_MEMORY.search(text) is not None
+
+
+def is_any(exc: BaseException, names: Iterable[str]) -> bool:
+    """Whether the exception or one of its bases bears one of the names, plain or qualified."""
+    own = {name for kind in type(exc).__mro__ for name in (kind.__name__, type_name(kind))}
+    return not own.isdisjoint(names)
+
+
+def location(filename: str, line: int | None, function: str, folder: Path) -> str:
+    """`plugin.py:17 in `detect``, with the file relative to the plugin's folder where it lies inside."""
+    path = Path(filename)
+    with contextlib.suppress(ValueError):
+        path = path.relative_to(folder)
+    shown = path.name if path.is_absolute() else str(path)
+    return f"{shown}:{line} in `{function}`"
+
+
+def where(tb: TracebackType | None, folder: Path) -> str:
+    """The innermost frame in the plugin's folder; failing that, the innermost one at all. "" without frames."""
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(tb)]
+    if not frames:
+        return ""
+    inside = [at for at in frames if Path(at[0].co_filename).is_relative_to(folder)]
+    code, line = (inside or frames)[-1]
+    return location(code.co_filename, line, code.co_name, folder)
+
+
+def syntax_error_where(exc: SyntaxError, folder: Path) -> str:
+    """Where a syntax error is; the traceback ends in the importer and does not say."""
+    if exc.filename is None:
+        return ""
+    return location(exc.filename, exc.lineno, "<module>", folder)
+
+
+def caller(frame: FrameType | None, folder: Path) -> str:
+    """Like `where`, for a live frame."""
+    innermost = frame
+    while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(folder):
+        frame = frame.f_back
+    found = frame or innermost
+    return (
+        "" if found is None else location(found.f_code.co_filename, found.f_lineno, found.f_code.co_name, folder)
+    )

@@ -1,0 +1,167 @@
+"""From a plugin's folder to an object that serves: import, `__init__`, `validate`, and what can break there."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from msgspec import msgpack
+
+from engine.sandbox import wire
+from engine.worker import failure
+from engine.worker.tools import BoundTool, ToolInvalid, bind
+
+_SHARED_LIBRARY = re.compile(r"(\S+\.so\S*): cannot open shared object file")
+
+
+class Refused(Exception):
+    """The start is over; `report` says why."""
+
+    def __init__(self, report: wire.StartFailed) -> None:
+        super().__init__(report.message)
+        self.report = report
+
+
+class Context:
+    """What a plugin's `__init__` is given.
+
+    Attributes:
+        models: name of a model in the manifest → its file.
+        settings: the manifest's `[settings]`.
+        scratch: a folder of the worker's own, which goes when the worker goes.
+        log: a logger whose lines become `plugin.log` events.
+    """
+
+    def __init__(
+        self, models: dict[str, Path], settings: dict[str, Any], scratch: Path, log: logging.Logger
+    ) -> None:
+        self.models = models
+        self.settings = settings
+        self.scratch = scratch
+        self.log = log
+
+
+class _LogHandler(logging.Handler):
+    def __init__(self, send: Callable[[wire.Message], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._send(wire.LogLine(record.levelname.lower(), self.format(record)[:4096]))
+
+
+def load(start: wire.Start, send: Callable[[wire.Message], None]) -> dict[str, BoundTool]:
+    """Bring the plugin up; returns its tools.
+
+    Raises:
+        Refused: with the report to send.
+    """
+    logger = logging.getLogger(f"holdfast.{start.name}")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(_LogHandler(send))
+    context = Context(
+        {name: Path(path) for name, path in start.models.items()},
+        msgpack.decode(start.settings),
+        Path(start.scratch),
+        logger,
+    )
+    with _stage("import", start, send):
+        plugin_class = _import(start)
+    with _stage("init", start, send):
+        instance = plugin_class(context)
+    with _stage("validate", start, send):
+        _validate(instance, start)
+    with _stage("tools", start, send):
+        tools = {}
+        for name, rejects in start.tools.items():
+            method = getattr(instance, name, None)
+            if not callable(method):
+                raise _refusal("tools", "no_tool", f"[tools.{name}] has no method `{name}` on {start.entry}")
+            tools[name] = bind(name, method, rejects)
+        return tools
+
+
+def _import(start: wire.Start) -> Callable[[Context], Any]:
+    module_name, _, class_name = start.entry.partition(":")
+    sys.path.insert(0, start.folder)
+    sys.dont_write_bytecode = True  # a stale .pyc must not survive an edit that a restart should show
+    importlib.invalidate_caches()
+    module = importlib.import_module(module_name)
+    plugin_class = getattr(module, class_name, None)
+    if not callable(plugin_class):
+        raise _refusal("import", "no_class", f"{module_name}.py has no class `{class_name}`")
+    made: Callable[[Context], Any] = plugin_class
+    return made
+
+
+def _validate(instance: Any, start: wire.Start) -> None:
+    validate = getattr(instance, "validate", None)
+    if not callable(validate):
+        raise _refusal("validate", "no_validate", f"{start.entry} has no method `validate`")
+    if validate() is False:
+        raise _refusal("validate", "returned_false", "validate() returned False")
+
+
+def _refusal(stage: str, kind: str, message: str) -> Refused:
+    return Refused(wire.StartFailed(stage, kind, "", message, ""))
+
+
+@contextlib.contextmanager
+def _stage(name: str, start: wire.Start, send: Callable[[wire.Message], None]) -> Iterator[None]:
+    """Announce a stage, so that a death in it can be told from one in another; report what it raises."""
+    send(wire.Stage(name))
+    try:
+        yield
+    except Refused:
+        raise
+    except ToolInvalid as exc:
+        raise _refusal(name, "bad_signature", str(exc)) from None
+    except BaseException as exc:  # plugin code may raise anything
+        raise Refused(_report(name, exc, start)) from None
+
+
+def _report(stage: str, exc: BaseException, start: wire.Start) -> wire.StartFailed:
+    folder = Path(start.folder)
+    at = failure.where(exc.__traceback__, folder)
+    if isinstance(exc, SyntaxError):
+        at = failure.syntax_error_where(exc, folder) or at
+    kind, text = "exception", failure.message(exc)
+    chain: tuple[str, ...] = ()
+    if failure.is_memory(exc):
+        kind = "memory"
+    elif (missing := _missing(exc, folder)) is not None:
+        kind, text, chain = "missing", missing, _chain(exc, start)
+    return wire.StartFailed(stage, kind, failure.type_name(type(exc)), text, at, chain)
+
+
+def _missing(exc: BaseException, folder: Path) -> str | None:
+    """What is missing outside the plugin's folder: a module's name or a shared library's, else None."""
+    if isinstance(exc, ModuleNotFoundError) and exc.name:
+        top = exc.name.partition(".")[0]
+        inside = (folder / top).is_dir() or (folder / f"{top}.py").is_file()
+        return None if inside else exc.name
+    if isinstance(exc, ImportError | OSError):
+        found = _SHARED_LIBRARY.search(failure.message(exc))
+        return found.group(1) if found else None
+    return None
+
+
+def _chain(exc: BaseException, start: wire.Start) -> tuple[str, ...]:
+    """The modules whose import led to the failure, outermost first; the plugin's own is given its name."""
+    chain = [start.name]
+    entry = start.entry.partition(":")[0]
+    for frame, _ in traceback.walk_tb(exc.__traceback__):
+        name = frame.f_globals.get("__name__", "")
+        if name in chain or name == entry or name.startswith(("importlib", "engine.")):
+            continue
+        chain.append(name)
+    return tuple(chain)

@@ -1,0 +1,306 @@
+"""A worker's life: from the fork to the last call.
+
+One thread reads the channel, runs the tool and answers. Nothing else of Holdfast runs in here, so a plugin
+that hangs, hangs only itself: the deadline and the kill are the engine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import faulthandler
+import inspect
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from engine.sandbox import values, wire
+from engine.sandbox.arena import Arena, ArenaFull
+from engine.worker import confine, failure, load, tools
+
+_PROGRESS_INTERVAL_S = 0.1  # a tool may report each of a million steps; a person reads ten a second
+_FIRST_FD = 100  # our descriptors start here, so that a plugin that closes 3 to 99 does not hit them
+
+
+class Descriptors(NamedTuple):
+    """What a worker is given, in the order in which it travels."""
+
+    channel: int
+    output: int
+    stack: int
+    arena_in: int
+    arena_out: int
+
+    @classmethod
+    def adopt(cls, fds: list[int]) -> Descriptors:
+        """Move the descriptors to their places, and close every other one the fork brought along."""
+        moved = [os.dup2(fd, _FIRST_FD + n, inheritable=False) for n, fd in enumerate(fds)]
+        own = cls(*moved)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for fd, number in ((null, 0), (own.output, 1), (own.output, 2)):
+            os.dup2(fd, number)
+        os.closerange(3, _FIRST_FD)
+        os.closerange(_FIRST_FD + len(own), os.sysconf("SC_OPEN_MAX"))
+        return own
+
+
+class ChannelLost(Exception):
+    """The engine's end is gone, or ours is."""
+
+
+class Channel:
+    """Frames over the socketpair, blocking. Any thread may send; one receives."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(True)
+        self._lock = threading.Lock()
+        self._received = bytearray()
+
+    def send(self, message: wire.Message) -> None:
+        """Send one message; a worker without a channel ends here, since nobody could hear it any more."""
+        try:
+            with self._lock:
+                self._socket.sendall(wire.frame(message))
+        except OSError:
+            os._exit(wire.EXIT_CHANNEL_LOST)
+
+    def receive(self) -> bytes | None:
+        """The next frame, or None once the engine has closed its end."""
+        header = wire.HEADER.size
+        while True:
+            if len(self._received) >= header:
+                end = header + wire.HEADER.unpack_from(self._received)[0]
+                if len(self._received) >= end:
+                    frame = bytes(self._received[header:end])
+                    del self._received[:end]
+                    return frame
+            try:
+                chunk = self._socket.recv(262_144)
+            except OSError:
+                os._exit(wire.EXIT_CHANNEL_LOST)
+            if not chunk:
+                return None
+            self._received += chunk
+
+    def forget(self) -> None:
+        """In a forked child of the plugin: it must not speak in the worker's name."""
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+
+def run(descriptors: Descriptors, scratch: Path) -> int:
+    """Be a worker until the engine closes the channel; returns the exit status."""
+    channel = Channel(descriptors.channel)
+    _settle_in(descriptors, scratch, channel)
+    channel.send(wire.Hello(wire.PROTOCOL, os.getpid(), threading.get_ident()))
+    first = channel.receive()
+    if first is None:
+        return 0
+    start = wire.to_worker.decode(first)
+    if not isinstance(start, wire.Start):
+        return wire.EXIT_BROKEN
+    confine.limit(start.memory_bytes)
+    sys.addaudithook(_suicide_note(descriptors.stack, Path(start.folder)))
+    try:
+        plugin_tools = load.load(start, channel.send)
+    except load.Refused as exc:
+        channel.send(exc.report)
+        channel.receive()  # the engine ends us, having read the report
+        return 0
+    caller = Caller(channel, Path(start.folder), plugin_tools, start.max_result_bytes, descriptors)
+    channel.send(wire.Ready({name: tool.info for name, tool in plugin_tools.items()}))
+    while (data := channel.receive()) is not None:
+        call = wire.to_worker.decode(data)
+        if isinstance(call, wire.Call):
+            channel.send(caller.answer(call))
+    atexit._run_exitfuncs()  # noqa: SLF001 - we leave by os._exit, which skips the plugin's own clean-up
+    return 0
+
+
+def _settle_in(descriptors: Descriptors, scratch: Path, channel: Channel) -> None:
+    """Streams, stack dumps and folders; and Holdfast's own modules out of the plugin's sight."""
+    # Anew, because the fork server's were made for other files. A line is handed over when it is whole.
+    sys.stdin = open(0, closefd=False)  # noqa: PTH123, SIM115
+    sys.stdout = _writer(1)
+    sys.stderr = _writer(2)
+    faulthandler.enable(descriptors.stack, all_threads=True)
+    faulthandler.register(wire.DUMP_SIGNAL, descriptors.stack, all_threads=True, chain=False)
+    os.register_at_fork(after_in_child=channel.forget)
+    scratch.mkdir(mode=0o700, parents=True)
+    os.chdir(scratch)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+    for name in [name for name in sys.modules if name == "engine" or name.startswith("engine.")]:
+        del sys.modules[name]
+
+
+def _writer(fd: int) -> TextIO:
+    return open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: PTH123
+
+
+def _suicide_note(stack_fd: int, folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
+    """An audit hook that writes down a signal the plugin sends to itself: afterwards nobody could tell."""
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event in ("os.kill", "os.killpg") and args[0] in (0, os.getpid(), -os.getpid()):
+            at = failure.caller(sys._getframe(1), folder)  # noqa: SLF001 - the documented way to a frame
+            with contextlib.suppress(OSError):
+                os.write(stack_fd, f"self-signal {int(args[1])} at {at}\n".encode())
+
+    return hook
+
+
+class Caller:
+    """Runs one call after the other."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        folder: Path,
+        plugin_tools: dict[str, tools.BoundTool],
+        max_result_bytes: int,
+        descriptors: Descriptors,
+    ) -> None:
+        self._send = channel.send
+        self._folder = folder
+        self._tools = plugin_tools
+        self._max_result_bytes = max_result_bytes
+        self._out = Arena(descriptors.arena_out, writable=True)
+        self._pins: list[memoryview] = []
+        self._decoder = values.Decoder(
+            Arena(descriptors.arena_in, writable=False), tools.array_maker(self._pins.append)
+        )
+        self._runner: asyncio.Runner | None = None
+
+    def answer(self, call: wire.Call) -> wire.Message:
+        """Run a call; returns its `Result` or `Failed`."""
+        answer = self._answer(call)
+        if self._pins and not self._unpin():
+            return _retained(answer)
+        return answer
+
+    def _answer(self, call: wire.Call) -> wire.Result | wire.Failed:
+        tool = self._tools[call.tool]
+        try:
+            arguments = tools.decode(tool, call.encoding, call.arguments, self._decoder)
+        except tools.BadInput as exc:
+            return wire.Failed(call.call_id, "bad_input", "BadInput", str(exc))
+        except MemoryError:
+            return wire.Failed(call.call_id, "memory", "MemoryError", "the arguments do not fit")
+        if call.announce:
+            self._send(wire.Began(call.call_id))
+        if tool.info.progress:
+            arguments["progress"] = self._progress(call.call_id)
+        try:
+            value = self._run(tool, arguments, call.call_id)
+        except _Unsendable as exc:
+            return exc.failed
+        except BaseException as exc:  # plugin code may raise anything
+            return self._failed(call.call_id, tool, exc)
+        try:
+            return wire.Result(call.call_id, self._encode(value, call.call_id, self._out))
+        except _Unsendable as exc:
+            return exc.failed
+
+    def _run(self, tool: tools.BoundTool, arguments: dict[str, Any], call_id: int) -> Any:
+        """The tool's value; a stream's items are sent as they come, and its value is None."""
+        value = tool.method(**arguments)
+        if inspect.isawaitable(value):
+            value = self._await(value)
+        if isinstance(value, AsyncIterator):
+            for item in self._drive(value):
+                self._send(wire.Item(call_id, self._encode(item, call_id, None)))
+            return None
+        if tool.info.streams:
+            for item in value:
+                self._send(wire.Item(call_id, self._encode(item, call_id, None)))
+            return None
+        return value
+
+    def _await(self, value: Awaitable[Any]) -> Any:
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+
+        async def result() -> Any:
+            return await value
+
+        return self._runner.run(result())
+
+    def _drive(self, items: AsyncIterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                item = self._await(anext(items))
+            except StopAsyncIteration:
+                return
+            yield item
+
+    def _progress(self, call_id: int) -> Callable[[float, float], None]:
+        last_s = 0.0
+
+        def progress(done: float, total: float) -> None:
+            nonlocal last_s
+            now_s = time.monotonic()
+            if now_s - last_s >= _PROGRESS_INTERVAL_S or done >= total:
+                last_s = now_s
+                self._send(wire.Progress(call_id, float(done), float(total)))
+
+        return progress
+
+    def _encode(self, value: Any, call_id: int, arena: Arena | None) -> Any:
+        """Raises _Unsendable where the value cannot be sent."""
+        try:
+            self._out.reset()
+            encoded = tools.encode_result(value, arena)
+        except ArenaFull:
+            raise _Unsendable(self._too_large(call_id)) from None
+        except MemoryError:
+            raise _Unsendable(wire.Failed(call_id, "memory", "MemoryError", "its result does not fit")) from None
+        except Exception as exc:  # a value may have hostile attributes
+            kind, text = failure.type_name(type(exc)), failure.message(exc)
+            raise _Unsendable(wire.Failed(call_id, "invalid", kind, text)) from None
+        if memoryview(encoded).nbytes > min(self._max_result_bytes, wire.MAX_FRAME_BYTES - 1024):
+            raise _Unsendable(self._too_large(call_id))
+        return encoded
+
+    def _too_large(self, call_id: int) -> wire.Failed:
+        text = f"more than {self._max_result_bytes} bytes"
+        return wire.Failed(call_id, "too_large", "ResultTooLarge", text)
+
+    def _failed(self, call_id: int, tool: tools.BoundTool, exc: BaseException) -> wire.Failed:
+        kind = "exception"
+        if failure.is_any(exc, tool.rejects):
+            kind = "rejected"
+        elif failure.is_memory(exc):
+            kind = "memory"
+        at = failure.where(exc.__traceback__, self._folder)
+        return wire.Failed(call_id, kind, failure.type_name(type(exc)), failure.message(exc), at)
+
+    def _unpin(self) -> bool:
+        """Let go of the call's views of the arena. False where the plugin still holds one."""
+        free = True
+        for view in self._pins:
+            try:
+                view.release()
+            except BufferError:
+                free = False
+        self._pins.clear()
+        return free
+
+
+class _Unsendable(Exception):
+    def __init__(self, failed: wire.Failed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+def _retained(answer: wire.Result | wire.Failed) -> wire.Message:
+    if isinstance(answer, wire.Result):
+        return wire.Result(answer.call_id, answer.value, True)
+    return wire.Failed(answer.call_id, answer.kind, answer.error_type, answer.message, answer.where, True)

@@ -1,0 +1,310 @@
+"""Tools: arguments typed by the signature and checked before any plugin code runs; results encoded."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path, PurePath
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from engine.sandbox import values, wire
+from engine.sandbox.arena import Arena
+
+_PROGRESS = "progress"
+_BYTES = (bytes, bytearray, memoryview)
+
+
+class BadInput(Exception):
+    """The caller's arguments do not fit; the message names the argument, what it wants and what came."""
+
+
+class ToolInvalid(Exception):
+    """The tool's signature cannot be served."""
+
+
+class BoundTool(msgspec.Struct, frozen=True):
+    """A tool ready to be called."""
+
+    name: str
+    method: Callable[..., Any]
+    rejects: tuple[str, ...]
+    arguments: type[msgspec.Struct]
+    hints: dict[str, Any]
+    info: wire.ToolInfo
+
+
+def bind(name: str, method: Callable[..., Any], rejects: tuple[str, ...]) -> BoundTool:
+    """Read a tool's signature.
+
+    Raises:
+        ToolInvalid: a parameter that no caller could fill, or a type hint that has no schema.
+    """
+    try:
+        hints = typing.get_type_hints(method)
+    except Exception as exc:  # any expression may stand in a hint
+        raise ToolInvalid(f"the type hints of `{name}` do not resolve: {exc}") from None
+    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
+    defaults: dict[str, Any] = {}
+    wanted: dict[str, Any] = {}
+    parameters = dict(inspect.signature(method).parameters)
+    takes_progress = parameters.pop(_PROGRESS, None) is not None
+    for parameter in parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ToolInvalid(f"`{name}` takes `{parameter}`; a tool's parameters are passed by name")
+        hint = wanted[parameter.name] = _known(hints.get(parameter.name, Any))
+        if parameter.default is parameter.empty:
+            fields.append((parameter.name, hint))
+        else:
+            defaults[parameter.name] = parameter.default
+            fields.append((parameter.name, hint | UnsetType if hint is not Any else Any, UNSET))
+    arguments = msgspec.defstruct(name, fields, forbid_unknown_fields=True, kw_only=True)
+    try:
+        schema = _schema(arguments, defaults)
+    except TypeError as exc:
+        raise ToolInvalid(f"a type hint of `{name}` has no JSON Schema: {exc}") from None
+    returns = typing.get_origin(hints.get("return")) or hints.get("return")
+    streams = (
+        inspect.isgeneratorfunction(method)
+        or inspect.isasyncgenfunction(method)
+        or (inspect.isclass(returns) and returns.__module__ == "collections.abc" and _is_iterable(returns))
+    )
+    return BoundTool(name, method, rejects, arguments, wanted, wire.ToolInfo(schema, streams, takes_progress))
+
+
+def _is_iterable(kind: type) -> bool:
+    return kind.__name__ in (
+        "Iterator",
+        "Generator",
+        "Iterable",
+        "AsyncIterator",
+        "AsyncGenerator",
+        "AsyncIterable",
+    )
+
+
+def _known(hint: Any) -> Any:
+    """A hint as msgspec takes it: `NDArray[uint8]` is a generic alias, its origin is the class."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[tuple(_known(part) for part in typing.get_args(hint))]  # noqa: UP007 - built at run time
+    if origin is not None and _is_array_type(origin):
+        return origin
+    return hint
+
+
+def _is_array_type(kind: Any) -> bool:
+    return getattr(kind, "__module__", "") == "numpy" and getattr(kind, "__name__", "") == "ndarray"
+
+
+def _schema(arguments: type[msgspec.Struct], defaults: dict[str, Any]) -> str:
+    (root,), definitions = msgspec.json.schema_components(
+        [arguments], schema_hook=_schema_of, ref_template="#/$defs/{name}"
+    )
+    schema = definitions.pop(arguments.__name__, root)
+    for name, default in defaults.items():
+        try:
+            schema["properties"][name]["default"] = json.loads(msgspec.json.encode(default))
+        except (TypeError, ValueError):  # a default without a JSON form is simply not shown
+            continue
+    if definitions:
+        schema["$defs"] = definitions
+    return json.dumps(schema)
+
+
+def _schema_of(kind: type) -> dict[str, Any]:
+    if isinstance(kind, type) and issubclass(kind, PurePath):
+        return {"type": "string", "format": "binary", "description": "a file: a part of multipart/form-data"}
+    if _is_array_type(kind):
+        return {
+            "description": "an array: nested lists, or its bytes in base64 with typestr and shape",
+            "anyOf": [
+                {"type": "array"},
+                {
+                    "type": "object",
+                    "properties": {
+                        "typestr": {"type": "string"},
+                        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                        "data": {"type": "string", "contentEncoding": "base64"},
+                    },
+                    "required": ["typestr", "shape", "data"],
+                },
+            ],
+        }
+    raise TypeError(f"{kind!r}")
+
+
+def decode(tool: BoundTool, encoding: str, data: bytes, decoder: values.Decoder) -> dict[str, Any]:
+    """The keyword arguments of a call.
+
+    Args:
+        tool: whose signature they must fit.
+        encoding: `python` (MessagePack), `json` (an object), `form` (MessagePack: text and files by name).
+        data: the arguments in that encoding.
+        decoder: for what lies in the arena.
+
+    Raises:
+        BadInput: they do not fit.
+    """
+    try:
+        raw = msgspec.json.decode(data) if encoding == "json" else decoder.decode(data)
+    except msgspec.DecodeError as exc:
+        raise BadInput(f"the arguments are not JSON: {exc}") from None
+    except RecursionError:
+        raise BadInput("the arguments are nested too deeply") from None
+    if not isinstance(raw, dict):
+        raise BadInput(f"the arguments must be an object of names and values, not {_shown_type(raw)}")
+    if encoding == "form":
+        raw = {name: _from_form(name, value, tool.hints.get(name, Any)) for name, value in raw.items()}
+    try:
+        fitted = msgspec.convert(
+            raw,
+            tool.arguments,
+            strict=True,
+            builtin_types=_BYTES if encoding != "json" else (),
+            dec_hook=_hook(encoding == "python"),
+        )
+    except msgspec.ValidationError as exc:
+        raise BadInput(_explain(str(exc), tool)) from None
+    except RecursionError:
+        raise BadInput("the arguments are nested too deeply") from None
+    return {
+        name: value for name in tool.arguments.__struct_fields__ if (value := getattr(fitted, name)) is not UNSET
+    }
+
+
+def _from_form(name: str, value: Any, hint: Any) -> Any:
+    """A form's text or file as the value that the parameter wants; left alone where it fits as it is."""
+    if isinstance(value, values.FilePart):
+        if _accepts(hint, PurePath):
+            return value
+        content = Path(value.path).read_bytes()
+        if _accepts(hint, bytes):
+            return content
+        value = content.decode("utf-8", "replace")
+    if not isinstance(value, str) or _accepts(hint, str):
+        return value
+    if _accepts(hint, PurePath) or _accepts(hint, bytes):
+        raise BadInput(f"argument `{name}`: expected a file, got text; send it as a file ({name}=@path)")
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        return value
+
+
+def _accepts(hint: Any, kind: type) -> bool:
+    if hint is Any:
+        return kind is str
+    return any(isinstance(part, type) and issubclass(part, kind) for part in typing.get_args(hint) or (hint,))
+
+
+def _hook(local: bool) -> Callable[[type, Any], Any]:
+    """`dec_hook` for files and arrays. Only a caller in the engine's process may name a file by path."""
+
+    def hook(kind: type, value: Any) -> Any:
+        if isinstance(value, kind):
+            return value
+        if not issubclass(kind, PurePath):
+            return _array(kind, value)
+        if isinstance(value, values.FilePart):
+            return kind(value.path)
+        if local and isinstance(value, str):
+            if not Path(value).is_file():
+                raise ValueError(f"There is no file at {value}")
+            return kind(value)
+        raise ValueError("Expected a file; send it as a part of multipart/form-data")
+
+    return hook
+
+
+def _array(kind: type, value: Any) -> Any:
+    if not _is_array_type(kind):
+        raise ValueError(f"Expected `{kind.__name__}`, got {_shown_type(value)}")
+    numpy = import_module("numpy")  # present: the plugin's own hint is of its array type
+    try:
+        if isinstance(value, list):
+            return numpy.asarray(value)
+        if isinstance(value, dict):
+            data = base64.b64decode(value["data"], validate=True)
+            return numpy.frombuffer(data, numpy.dtype(value["typestr"])).reshape(value["shape"])
+    except (ValueError, TypeError, KeyError, OverflowError, binascii.Error) as exc:
+        raise ValueError(f"Expected an array: {exc}") from None
+    raise ValueError(f"Expected an array, got {_shown_type(value)}")
+
+
+def _shown_type(value: Any) -> str:
+    names = {dict: "object", list: "array", type(None): "null", values.FilePart: "a file"}
+    return f"`{names.get(type(value), type(value).__name__)}`"
+
+
+_AT = re.compile(r" - at `\$\.?(.*)`$")
+
+
+def _explain(text: str, tool: BoundTool) -> str:
+    """msgspec's message, in terms of the tool's arguments."""
+    names = list(tool.arguments.__struct_fields__)
+    takes = f"`{tool.name}` takes {', '.join(names) or 'no arguments'}"
+    if (unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text)) is not None:
+        near = get_close_matches(unknown.group(1), names, 1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        return (
+            f"there is no argument `{unknown.group(1)}`{hint} {takes}"
+            if near
+            else (f"there is no argument `{unknown.group(1)}`; {takes}")
+        )
+    if (missing := re.fullmatch(r"Object missing required field `(.*)`", text)) is not None:
+        name = missing.group(1)
+        return f"argument `{name}` is missing; it wants {_shown_hint(tool.hints.get(name, Any))}"
+    at = _AT.search(text)
+    if at is None:
+        return text
+    said = text[: at.start()]
+    return f"argument `{at.group(1)}`: {said[:1].lower()}{said[1:]}"
+
+
+def _shown_hint(hint: Any) -> str:
+    if isinstance(hint, type):
+        return "a file" if issubclass(hint, PurePath) else f"`{hint.__name__}`"
+    return f"`{str(hint).replace('typing.', '')}`"
+
+
+def array_maker(pin: Callable[[memoryview], None]) -> values.MakeArray:
+    """Makes numpy arrays over the arena, read-only and without a copy; `pin` is told of each view."""
+
+    def make(typestr: str, shape: tuple[int, ...], data: memoryview) -> Any:
+        numpy = import_module("numpy")
+        view = data.toreadonly()
+        pin(view)
+        return numpy.frombuffer(view, numpy.dtype(typestr)).reshape(shape)
+
+    return make
+
+
+def encode_result(value: Any, arena: Arena | None) -> msgspec.Raw:
+    """A result or item for the wire. Raises like `values.encode`, and TypeError for keys JSON cannot have."""
+    encoded = values.encode(value, arena)
+    _check_keys(value)
+    return msgspec.Raw(encoded)
+
+
+def _check_keys(value: Any) -> None:
+    """Only text and numbers can be keys in JSON. The depth is known to be sane: it was encoded before."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if not isinstance(key, str | int | float):
+                raise TypeError(f"a key of type `{type(key).__name__}` has no JSON form; use text")
+            _check_keys(part)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            if isinstance(part, dict | list | tuple | set | frozenset):
+                _check_keys(part)

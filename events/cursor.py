@@ -1,0 +1,230 @@
+"""Reading the log as it grows: a reader is a number, not a queue.
+
+    writer ──▶ Ring (the latest records, shared by all) ──▶ Cursor: position 4711
+                    │ one wake-up per event loop and batch ──▶ every cursor of that loop
+    database ───────┴─▶ a cursor that is behind the ring
+
+So a subscriber costs nothing while it waits, memory does not grow with slow ones, and none of them misses an
+event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Collection, Sequence
+from operator import attrgetter
+from typing import Protocol
+
+import msgspec
+
+from events.backlog import LogClosed
+from events.envelope import TYPE_PREFIX, Gap
+from events.store import Record
+
+BATCH_LIMIT = 1000  # records in one batch of a cursor
+
+_sequence = attrgetter("sequence")
+
+
+class Filter(msgspec.Struct, frozen=True):
+    """Which records a reader wants; None is all. A gap passes every filter: it may hide anything."""
+
+    subjects: frozenset[str] | None = None
+    types: frozenset[str] | None = None
+
+    @classmethod
+    def of(cls, subjects: Collection[str] | None, types: Collection[str] | None) -> Filter:
+        """Types may carry the `holdfast.` prefix."""
+        return cls(
+            None if subjects is None else frozenset(subjects),
+            None if types is None else frozenset(name.removeprefix(TYPE_PREFIX) for name in types),
+        )
+
+    def passes(self, record: Record) -> bool:
+        """Whether the reader wants it."""
+        if record.type == Gap.TYPE:
+            return True
+        return (self.subjects is None or record.subject in self.subjects) and (
+            self.types is None or record.type in self.types
+        )
+
+
+class Page(msgspec.Struct, frozen=True):
+    """What a reader got, and the number up to which it now knows everything it wants."""
+
+    records: list[Record]
+    position: int
+
+
+class Ring:
+    """The latest records. One writer; readers on any thread, without a lock.
+
+    Invariant: `_kept` holds every record numbered above `_kept.floor`, in order. Its list only grows; to
+    shrink, the whole of it is replaced, so a reader keeps what it began with.
+    """
+
+    class _Kept:
+        __slots__ = ("floor", "records")
+
+        def __init__(self, floor: int, records: list[Record]) -> None:
+            self.floor = floor
+            self.records = records
+
+    def __init__(self, size: int, floor: int) -> None:
+        self._size = size
+        self._kept = Ring._Kept(floor, [])
+
+    def extend(self, records: Sequence[Record]) -> None:
+        """Add a batch; lets the oldest go, at twice the size, so that the cost per record is constant."""
+        kept = self._kept
+        kept.records.extend(records)
+        surplus = len(kept.records) - self._size
+        if surplus >= self._size:
+            self._kept = Ring._Kept(kept.records[surplus].sequence - 1, kept.records[surplus:])
+
+    def read(self, after: int, until: int, limit: int, chosen: Filter) -> Page | None:
+        """Up to `limit` wanted records numbered in (after, until], or None where the ring begins later."""
+        kept = self._kept
+        if after < kept.floor:
+            return None
+        found: list[Record] = []
+        everything = chosen == _EVERYTHING
+        start = bisect_right(kept.records, after, key=_sequence)
+        if start and kept.records[start - 1].sequence < after < kept.records[start - 1].end:
+            start -= 1  # `after` was never stored: the reader has to learn of the gap around it
+        for index in range(start, len(kept.records)):
+            record = kept.records[index]
+            if record.sequence > until:
+                break
+            if everything or chosen.passes(record):
+                if len(found) == limit:
+                    return Page(found, found[-1].end)
+                found.append(record)
+        return Page(found, until)
+
+
+_EVERYTHING = Filter()
+
+
+class Readable(Protocol):
+    """What a cursor needs of the log."""
+
+    @property
+    def durable(self) -> int:
+        """The last number that is durable."""
+
+    @property
+    def closed(self) -> bool:
+        """Nothing more will become durable."""
+
+    def notice(self, after: int) -> Record | None:
+        """A made-up gap for a reader whose number does not fit this log."""
+
+    def read_recent(self, after: int, limit: int, chosen: Filter) -> Page | None:
+        """From memory, or None."""
+
+    def read_stored(self, after: int, limit: int, chosen: Filter) -> Page:
+        """From the database; blocking."""
+
+
+class Wakeups:
+    """Wakes the waiting cursors of every event loop: one `call_soon_threadsafe` per loop and batch."""
+
+    class _Loop:
+        def __init__(self) -> None:
+            self.event = asyncio.Event()
+            self.waiting = 0
+            self.called = False  # a wake-up is on its way
+
+        def wake(self) -> None:
+            self.called = False
+            event, self.event = self.event, asyncio.Event()
+            event.set()
+
+    def __init__(self) -> None:
+        self._loops: dict[asyncio.AbstractEventLoop, Wakeups._Loop] = {}
+        self._lock = threading.Lock()
+
+    def notify(self) -> None:
+        """Something changed; from any thread."""
+        with self._lock:
+            called = [(loop, state) for loop, state in self._loops.items() if not state.called]
+            for _, state in called:
+                state.called = True
+        for loop, state in called:
+            try:
+                loop.call_soon_threadsafe(state.wake)
+            except RuntimeError:  # that loop was closed with cursors still waiting on it
+                with self._lock:
+                    self._loops.pop(loop, None)
+
+    async def wait(self, log: Readable, position: int) -> None:
+        """Returns once something past `position` may be durable, or the log is closed."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            state = self._loops.setdefault(loop, Wakeups._Loop())
+            state.waiting += 1
+        try:
+            # Invariant: registered first, looked second. A batch durable after the look calls `wake` on this
+            # loop, which cannot run before we wait on the very event it sets.
+            event = state.event
+            if log.durable <= position and not log.closed:
+                await event.wait()
+        finally:
+            with self._lock:
+                state.waiting -= 1
+                if not state.waiting and self._loops.get(loop) is state:
+                    del self._loops[loop]
+
+
+class Cursor(AsyncIterator[list[Record]]):
+    """Batches of records after a number: what is stored first, then each batch as it becomes durable.
+
+    Iteration stops when the log is closed. For one task at a time; a cancelled `__anext__` loses nothing, and
+    a cursor that is not iterated holds no resources, so it can simply be dropped.
+
+    Raises (from iteration):
+        LogUnavailable: the database cannot be read now; a new cursor at `position` continues.
+    """
+
+    def __init__(self, log: Readable, wakeups: Wakeups, after: int, chosen: Filter) -> None:
+        self.position = after
+        self._log = log
+        self._wakeups = wakeups
+        self._chosen = chosen
+        self._stopped = False
+
+    def __aiter__(self) -> Cursor:
+        return self
+
+    async def __anext__(self) -> list[Record]:
+        while not self._stopped:
+            if (notice := self._log.notice(self.position)) is not None:
+                self.position = notice.sequence
+                return [notice]
+            if self.position < self._log.durable:
+                try:
+                    page = await self._page()
+                except LogClosed:
+                    break
+                self.position = page.position
+                if page.records:
+                    return page.records
+            elif self._log.closed:
+                break
+            else:
+                await self._wakeups.wait(self._log, self.position)
+        self._stopped = True
+        raise StopAsyncIteration
+
+    async def _page(self) -> Page:
+        recent = self._log.read_recent(self.position, BATCH_LIMIT, self._chosen)
+        if recent is not None:
+            return recent
+        return await asyncio.to_thread(self._log.read_stored, self.position, BATCH_LIMIT, self._chosen)
+
+    async def aclose(self) -> None:
+        """Iteration stops here."""
+        self._stopped = True

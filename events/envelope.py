@@ -1,0 +1,234 @@
+"""The events themselves, and their CloudEvents 1.0 JSON form.
+
+One frozen struct per kind of event; `Event` adds the number, the time and the plugin. A struct's `TYPE` is
+what stands behind `holdfast.` in the envelope's `type`. New fields get defaults, so that old logs still read.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, ClassVar, TypeAlias
+
+import msgspec
+
+TYPE_PREFIX = "holdfast."
+
+
+class PluginFacts(msgspec.Struct, frozen=True):
+    """What the manifest says of a plugin; rides on its entry at LOADED."""
+
+    version: str = ""
+    description: str = ""
+    requires_gpu: bool = False
+    tools: tuple[str, ...] = ()
+
+
+class Transition(msgspec.Struct, frozen=True, rename={"from_": "from"}):
+    """A plugin changed its lifecycle state; `from` is null on its entry at LOADED."""
+
+    TYPE: ClassVar[str] = "plugin.transition"
+    from_: str | None
+    to: str
+    trigger: str | None
+    incarnation: int
+    reason_code: str | None = None
+    reason: str | None = None
+    plugin: PluginFacts | msgspec.UnsetType = msgspec.UNSET  # on entry only
+
+
+class Restarted(msgspec.Struct, frozen=True):
+    """Somebody restarted the plugin by hand: the next incarnation begins."""
+
+    TYPE: ClassVar[str] = "plugin.restarted"
+    incarnation: int  # the one that begins
+
+
+class CallStarted(msgspec.Struct, frozen=True):
+    """A call was handed to a worker."""
+
+    TYPE: ClassVar[str] = "plugin.call.started"
+    tool: str
+    request_id: str
+
+
+class CallFinished(msgspec.Struct, frozen=True):
+    """A call that had started came to its end, however that was."""
+
+    TYPE: ClassVar[str] = "plugin.call.finished"
+    tool: str
+    request_id: str
+    ok: bool
+    duration_ms: float
+    error_type: str | None = None
+    reason_code: str | None = None
+    broke: bool = False  # the plugin is to blame; bad input is not
+
+
+class CallProgress(msgspec.Struct, frozen=True):
+    """A running call said how far it is."""
+
+    TYPE: ClassVar[str] = "plugin.call.progress"
+    tool: str
+    request_id: str
+    done: float
+    total: float
+
+
+class PluginLog(msgspec.Struct, frozen=True):
+    """A line the plugin wrote; `dropped` lines before it were over the rate limit."""
+
+    TYPE: ClassVar[str] = "plugin.log"
+    stream: str  # "output" (descriptors 1 and 2) or "log" (context.log)
+    level: str
+    message: str
+    dropped: int = 0
+
+
+class WorkerStarted(msgspec.Struct, frozen=True):
+    """A worker process exists; the plugin has not been touched yet."""
+
+    TYPE: ClassVar[str] = "worker.started"
+    pid: int
+    incarnation: int
+
+
+class WorkerExited(msgspec.Struct, frozen=True):
+    """A worker process is gone; `verdict` is a reason code, or `stopped` where we ended a healthy one."""
+
+    TYPE: ClassVar[str] = "worker.exited"
+    pid: int
+    incarnation: int
+    verdict: str
+    reason: str | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+
+
+class EngineStarted(msgspec.Struct, frozen=True):
+    """An engine opened this log; whatever ran before it is over."""
+
+    TYPE: ClassVar[str] = "engine.started"
+    version: str
+    pid: int
+
+
+class EngineStopping(msgspec.Struct, frozen=True):
+    """The engine takes no more calls."""
+
+    TYPE: ClassVar[str] = "engine.stopping"
+
+
+class Gap(msgspec.Struct, frozen=True):
+    """Events `first` to `last` could not be kept; this one stands in their place, numbered `first`."""
+
+    TYPE: ClassVar[str] = "gap"
+    first: int
+    last: int
+    why: str
+
+
+EventData: TypeAlias = (
+    Transition
+    | Restarted
+    | CallStarted
+    | CallFinished
+    | CallProgress
+    | PluginLog
+    | WorkerStarted
+    | WorkerExited
+    | EngineStarted
+    | EngineStopping
+    | Gap
+)
+
+DATA_TYPES: dict[str, type[EventData]] = {
+    data.TYPE: data
+    for data in (
+        Transition,
+        Restarted,
+        CallStarted,
+        CallFinished,
+        CallProgress,
+        PluginLog,
+        WorkerStarted,
+        WorkerExited,
+        EngineStarted,
+        EngineStopping,
+        Gap,
+    )
+}
+EVENT_TYPES = tuple(DATA_TYPES)
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One numbered event. `time_ns` is nanoseconds since the epoch, UTC."""
+
+    sequence: int
+    time_ns: int
+    subject: str | None  # the plugin's name
+    data: EventData
+
+    @property
+    def type(self) -> str:
+        """The kind of event, without the `holdfast.` prefix."""
+        return self.data.TYPE
+
+    @property
+    def time(self) -> str:
+        """RFC 3339, UTC, microseconds."""
+        return rfc3339(self.time_ns)
+
+
+class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """The form outside the process: CloudEvents 1.0, structured mode."""
+
+    specversion: str = "1.0"
+    id: str
+    source: str
+    type: str
+    subject: str | None = None
+    time: str
+    datacontenttype: str = "application/json"
+    sequence: int
+    data: Any
+
+
+_encoder = msgspec.json.Encoder()
+_envelope_decoder = msgspec.json.Decoder(CloudEvent)
+
+
+def rfc3339(time_ns: int) -> str:
+    """Nanoseconds since the epoch as RFC 3339 in UTC, with microseconds."""
+    seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
+    stamp = datetime.fromtimestamp(seconds, UTC).replace(microsecond=nanoseconds // 1000)
+    return stamp.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def encode(event: Event, source: str) -> bytes:
+    """The event as CloudEvents JSON, one line."""
+    return _encoder.encode(
+        CloudEvent(
+            id=str(event.sequence),
+            source=source,
+            type=TYPE_PREFIX + event.data.TYPE,
+            subject=event.subject,
+            time=event.time,
+            sequence=event.sequence,
+            data=event.data,
+        )
+    )
+
+
+def decode(line: bytes | str) -> Event:
+    """The reverse of `encode`.
+
+    Raises:
+        msgspec.ValidationError: it is not one of our events.
+    """
+    envelope = _envelope_decoder.decode(line)
+    kind = DATA_TYPES.get(envelope.type.removeprefix(TYPE_PREFIX))
+    if kind is None:
+        raise msgspec.ValidationError(f"unknown event type {envelope.type!r}")
+    stamp = datetime.fromisoformat(envelope.time)
+    time_ns = int(stamp.timestamp()) * 1_000_000_000 + stamp.microsecond * 1000
+    return Event(envelope.sequence, time_ns, envelope.subject, msgspec.convert(envelope.data, kind))

@@ -1,0 +1,216 @@
+"""The log's writer: one thread that makes events durable, however long the disk takes.
+
+When the disk fails it keeps its batch, says why (`Backlog.trouble`) and retries after 0.1 s, doubling to 5 s.
+A batch that was taken is written whole, once, under its numbers; only closing can cut that short.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from events.backlog import Backlog
+from events.envelope import CallFinished, CallProgress, Event, Gap, encode
+from events.projections import HealthProjection, PluginView
+from events.store import CorruptLog, LogUnavailable, Record, Store, explain
+
+BATCH_EVENTS = 4096  # in one transaction
+SNAPSHOT_EVERY = 50_000  # events
+RETRY_FIRST_S = 0.1
+RETRY_MAX_S = 5.0
+
+log = structlog.get_logger(__name__)
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """What became durable at once: the events and, in the same order, their records."""
+
+    events: list[Event]
+    records: list[Record]
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """The views after event `sequence`, so that a start need not replay what came before."""
+
+    sequence: int
+    views: dict[str, PluginView]
+
+
+_snapshot_decoder = msgspec.msgpack.Decoder(Snapshot)
+
+
+def load_snapshot(store: Store, durable: int) -> Snapshot:
+    """The snapshot kept in the log. Raises msgspec.MsgspecError, ValueError: it cannot be used."""
+    stored = store.meta("snapshot")
+    if stored is None:
+        return Snapshot(0, {})
+    snapshot = _snapshot_decoder.decode(stored if isinstance(stored, bytes) else b"")
+    if snapshot.sequence > durable:
+        raise ValueError(f"it is of event {snapshot.sequence}, the log ends at {durable}")
+    return snapshot
+
+
+class Writer:
+    """Takes from the backlog, writes, and hands each durable batch to `on_durable`. Runs until closed."""
+
+    def __init__(
+        self,
+        store: Store,
+        backlog: Backlog,
+        *,
+        source: str,
+        durable: int,
+        projection: HealthProjection,
+        on_durable: Callable[[Batch], None],
+        note_fault: Callable[[str, Exception], None],
+    ) -> None:
+        self._store = store
+        self._backlog = backlog
+        self._source = source
+        self._durable = self._snapshot_at = durable
+        self._projection = projection  # of what is durable, for the snapshots
+        self._on_durable = on_durable
+        self._note_fault = note_fault
+        self._deadline = math.inf
+        self._thread = threading.Thread(target=self._run, name="holdfast-log", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> bool:
+        """Write what is left for at most `timeout_s`, end the thread. False: it is stuck in a system call."""
+        if not self._backlog.closing.is_set():
+            self._deadline = time.monotonic() + timeout_s
+            self._backlog.close()
+        # On a dead disk `fsync` may never return. The thread is a daemon, so it holds nothing up.
+        self._thread.join(max(0.0, self._deadline - time.monotonic()) + 1.0)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        complete = False
+        try:
+            complete = self._write_all()
+        except Exception as exc:  # a fault of ours: the log must say that it is dead
+            self._note_fault("writer", exc)
+            self._backlog.trouble = f"{self._path}: the writer failed ({exc!r}); restart the engine"
+            self._backlog.closing.set()
+        finally:
+            if complete:
+                self._save_snapshot()
+            else:
+                log.error("log_closed_incomplete", path=str(self._path), lost=len(self._backlog))
+            self._store.close(clean=complete)
+
+    @property
+    def _path(self) -> Path:
+        return self._store.path
+
+    def _write_all(self) -> bool:
+        while events := self._backlog.take(BATCH_EVENTS):
+            batch = self._encode(events)
+            for event in batch.events:
+                self._projection.apply(event)
+            if not self._write(batch.records):
+                return False
+            self._durable = batch.records[-1].end
+            self._on_durable(batch)
+            if self._durable - self._snapshot_at >= SNAPSHOT_EVERY:
+                self._save_snapshot()
+        return True
+
+    def _encode(self, events: list[Event]) -> Batch:
+        batch = Batch([], [])
+        for offered in events:
+            event = offered
+            try:
+                _check_finite(event)
+                json = encode(event, self._source)
+            except Exception as exc:  # data from a plugin: lone surrogates, numbers that JSON does not have
+                self._note_fault("encode", exc)
+                number, why = offered.sequence, f"{offered.type} has no JSON form: {type(exc).__name__}"
+                event = Event(number, offered.time_ns, None, Gap(number, number, why))
+                json = encode(event, self._source)
+                with self._backlog.changed:
+                    self._backlog.dropped += 1
+            batch.events.append(event)
+            batch.records.append(Record(event.sequence, event.type, event.subject, json))
+        return batch
+
+    def _write(self, records: list[Record]) -> bool:
+        """Make them durable however long it takes; False if the closing deadline came first."""
+        delay_s = RETRY_FIRST_S
+        while True:
+            try:
+                if self._backlog.trouble is not None:
+                    self._store.recover()
+                    records = self._missing_from_store(records)
+                self._store.append(records)
+            except (sqlite3.Error, OSError, CorruptLog, LogUnavailable) as exc:
+                self._degrade(exc)
+            else:
+                if self._backlog.trouble is not None:
+                    log.warning("log_recovered", path=str(self._path))
+                return True
+            if not self._pause(delay_s):
+                return False
+            delay_s = min(delay_s * 2, RETRY_MAX_S)
+
+    def _missing_from_store(self, records: list[Record]) -> list[Record]:
+        """What of the batch is not stored: a commit that reported an error may have come through.
+
+        Where the file was lost altogether, a gap says so in the place of what was in it.
+        """
+        last = self._store.last()
+        if last < self._durable:
+            lost = Gap(last + 1, self._durable, "the log's file was lost while it was open")
+            gap = Event(lost.first, time.time_ns(), None, lost)
+            return [Record(gap.sequence, gap.type, None, encode(gap, self._source)), *records]
+        return [record for record in records if record.sequence > last]
+
+    def _degrade(self, exc: Exception) -> None:
+        known = exc if isinstance(exc, (CorruptLog, LogUnavailable)) else explain(self._path, exc)
+        if self._backlog.trouble != str(known):
+            log.error("log_degraded", path=str(self._path), error=str(known))
+            with self._backlog.changed:
+                self._backlog.trouble = str(known)
+                self._backlog.changed.notify_all()
+        transient = ("SQLITE_FULL", "SQLITE_BUSY")
+        if isinstance(exc, sqlite3.Error) and getattr(exc, "sqlite_errorname", "") not in transient:
+            self._store.drop_connection()
+
+    def _pause(self, delay_s: float) -> bool:
+        """Wait before the next attempt; closing cuts it short. False once the closing deadline has passed."""
+        if not self._backlog.closing.wait(delay_s):
+            return True
+        left_s = self._deadline - time.monotonic()
+        if left_s > 0:
+            with self._backlog.changed:
+                self._backlog.changed.wait(min(RETRY_FIRST_S, left_s))
+        return left_s > 0
+
+    def _save_snapshot(self) -> None:
+        snapshot = Snapshot(self._durable, self._projection.snapshot())
+        self._snapshot_at = self._durable
+        try:
+            self._store.put_meta("snapshot", msgspec.msgpack.encode(snapshot))
+        except (sqlite3.Error, ValueError) as exc:  # a start only replays more
+            self._note_fault("snapshot", exc)
+
+
+def _check_finite(event: Event) -> None:
+    """NaN and infinity would be written as null, and not be read again."""
+    numbers: tuple[float, ...] = ()
+    if isinstance(event.data, CallFinished):
+        numbers = (event.data.duration_ms,)
+    elif isinstance(event.data, CallProgress):
+        numbers = (event.data.done, event.data.total)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("not a finite number")

@@ -1,0 +1,118 @@
+"""Plugins written on the spot, engines that host them, and what must be gone afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import textwrap
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine import Engine, Settings
+from engine.sandbox import proc
+from events.envelope import Event
+
+HONEST = """
+class Plugin:
+    def __init__(self, context): pass
+    def validate(self): pass
+    def echo(self, text: str = "hello") -> str: return text
+"""
+
+
+def write_plugin(
+    root: Path,
+    name: str,
+    code: str,
+    tools: Iterable[str] | dict[str, str] = (),
+    limits: str = "",
+    head: str = "",
+) -> Path:
+    """A plugin folder `root/name` whose class is `Plugin` in plugin.py; returns the folder.
+
+    Args:
+        root: a plugins folder.
+        name: the plugin's.
+        code: of plugin.py.
+        tools: their names, or name → the lines of their table.
+        limits: lines of `[limits]`.
+        head: more top-level lines of the manifest.
+    """
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = tools if isinstance(tools, dict) else dict.fromkeys(tools, "")
+    manifest = f'name = "{name}"\nversion = "1.0.0"\nentry = "plugin:Plugin"\n{textwrap.dedent(head)}\n'
+    if limits:
+        manifest += f"[limits]\n{textwrap.dedent(limits)}\n"
+    for tool, lines in tables.items():
+        manifest += f"[tools.{tool}]\n{textwrap.dedent(lines)}\n"
+    (folder / "plugin.toml").write_text(manifest)
+    (folder / "plugin.py").write_text(textwrap.dedent(code))
+    return folder
+
+
+def write_honest(root: Path, name: str = "honest") -> Path:
+    """A plugin that does nothing wrong, with the tool `echo`."""
+    return write_plugin(root, name, HONEST, ["echo"])
+
+
+def settings_for(root: Path, data_dir: Path, **changes: Any) -> Settings:
+    """Settings of an engine that hosts the plugins below `root` and no others."""
+    base = Settings(plugin_dirs=(root,), bundled=False, entry_points=False, data_dir=data_dir)
+    return msgspec.structs.replace(base, **changes)
+
+
+@asynccontextmanager
+async def hosting(root: Path, data_dir: Path, **changes: Any) -> AsyncIterator[Engine]:
+    """An engine hosting `root`; on leaving, nothing it started may be left."""
+    async with Engine(settings_for(root, data_dir, **changes)) as engine:
+        yield engine
+    assert not engine.faults, engine.faults
+
+
+async def next_event(engine: Engine, kind: str, plugin: str | None = None, after: int = 0) -> Event:
+    """The first event of a kind after a number; waits for it."""
+    async for event in engine.events(after):
+        if event.type == kind and plugin in (None, event.subject):
+            return event
+    raise AssertionError(f"the log ended without {kind}")
+
+
+async def until(condition: Any, timeout_s: float = 20.0) -> None:
+    """Wait for a condition that no event announces (a process or a file being gone).
+
+    Raises:
+        TimeoutError: it did not come true.
+    """
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.005)
+
+
+def descendants(pid: int | None = None) -> set[int]:
+    """Every process below this one."""
+    table = proc.parents()
+    me = os.getpid() if pid is None else pid
+    found: set[int] = set()
+    for candidate in table:
+        at = candidate
+        while at in table and at != me:
+            at = table[at]
+        if at == me and candidate != me:
+            found.add(candidate)
+    return found
+
+
+def open_descriptors() -> set[str]:
+    """What this process holds open, as `fd → target`, without what reading it opens."""
+    held = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            held.add(f"{entry.name} → {entry.readlink()}")
+        except FileNotFoundError:  # the listing's own descriptor
+            continue
+    return held

@@ -1,0 +1,864 @@
+"""The event log: durable, replayable, in trouble, and killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import events.writer
+from events.bus import EventBus
+from events.cursor import Filter
+from events.envelope import CallFinished, CallProgress, CallStarted, Event, Gap, PluginLog, decode, encode
+from events.log import Batch, CorruptLog, Cursor, EventLog, LogClosed, LogUnavailable, Record
+from events.projections import HealthProjection, fold_all
+from events.store import Store
+
+ROOT = Path(__file__).parents[1]
+LONG_S = 20.0  # more than anything here should take
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "events.db"
+
+
+def open_log(path: Path, *, backlog: int = 100_000, ring: int = 8192) -> EventLog:
+    return EventLog.open(path, source="test", backlog=backlog, ring=ring)
+
+
+def bus_of(log: EventLog) -> EventBus:
+    bus = EventBus(HealthProjection(log.load()[0]), last=log.last)
+    bus.subscribe(log)
+    return bus
+
+
+def publish(bus: EventBus, count: int, plugin: str = "ocr") -> list[Event]:
+    return [bus.publish(CallStarted("read", f"r{number}"), plugin) for number in range(count)]
+
+
+def filled(path: Path, count: int) -> list[Event]:
+    """A log with `count` events, closed cleanly."""
+    with open_log(path) as log:
+        return publish(bus_of(log), count)
+
+
+def numbers(records: list[Record]) -> list[int]:
+    return [record.sequence for record in records]
+
+
+def wait_until(log: EventLog, condition: Callable[[], bool]) -> None:
+    """Wait for the log to change until the condition holds."""
+    with log._changed:
+        assert log._changed.wait_for(condition, LONG_S), log.state
+
+
+def writer_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "holdfast-log"]
+
+
+def write_connection(log: EventLog) -> sqlite3.Connection:
+    assert log._store._writer is not None
+    return log._store._writer
+
+
+# What is kept
+
+
+def test_a_reopened_log_holds_every_event_and_goes_on_with_the_next_number(path: Path) -> None:
+    with open_log(path) as log:
+        first = publish(bus_of(log), 10)
+    with open_log(path) as log:
+        assert log.last == 10
+        second = publish(bus_of(log), 5)
+        assert log.flush(LONG_S)
+        assert [event.sequence for event in second] == [11, 12, 13, 14, 15]
+        assert list(log.replay()) == [*first, *second]
+
+
+def test_a_record_is_the_event_in_its_cloudevents_form(path: Path) -> None:
+    with open_log(path) as log:
+        [event] = publish(bus_of(log), 1)
+        assert log.flush(LONG_S)
+        assert log.page(0, 10) == [Record(1, "plugin.call.started", "ocr", encode(event, "test"))]
+
+
+def test_the_loaded_views_are_the_live_projection_of_the_last_run(path: Path) -> None:
+    with open_log(path) as log:
+        bus = bus_of(log)
+        publish(bus, 100)
+        bus.publish(CallFinished("read", "r", True, 2.5), "yolo")
+    with open_log(path) as log:
+        assert log.load() == (bus.projection.snapshot(), 101)
+        assert fold_all(log.replay()) == bus.projection.snapshot()
+
+
+def test_a_start_replays_only_what_came_after_the_snapshot(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events.writer, "SNAPSHOT_EVERY", 50)
+    with open_log(path) as log:
+        bus = bus_of(log)
+        publish(bus, 60)
+        assert log.flush(LONG_S)
+        publish(bus, 3)
+        assert log.flush(LONG_S)  # the writer saves a snapshot before it takes what came later
+        kept = log._store.meta("snapshot")
+        assert isinstance(kept, bytes)
+        covered = msgspec.msgpack.decode(kept)["sequence"]
+        assert 50 <= covered <= 60
+        live = bus.projection.snapshot()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("UPDATE meta SET value = ? WHERE key = 'snapshot'", (kept,))
+        raw.execute("UPDATE events SET json = 'unreadable' WHERE sequence <= ?", (covered,))
+    with open_log(path) as log:
+        assert log.faults == {}
+        assert log.load() == (live, 63)
+
+
+@pytest.mark.parametrize(
+    "snapshot", [b"", b"\xc1garbage", msgspec.msgpack.encode({"sequence": 99, "views": {}}), 7]
+)
+def test_a_snapshot_that_cannot_be_used_is_counted_and_everything_replayed(path: Path, snapshot: object) -> None:
+    published = filled(path, 10)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("UPDATE meta SET value = ? WHERE key = 'snapshot'", (snapshot,))
+    with open_log(path) as log:
+        assert log.faults["snapshot"].count == 1
+        assert log.load() == (fold_all(published), 10)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        CallProgress("t", "r", float("nan"), 1.0),
+        PluginLog("output", "info", "\ud800"),
+        CallFinished("t", "r", True, float("inf")),
+    ],
+    ids=["nan", "lone surrogate", "infinity"],
+)
+def test_an_event_without_a_json_form_leaves_a_gap_in_its_place(
+    path: Path, data: CallProgress | PluginLog | CallFinished
+) -> None:
+    with open_log(path) as log:
+        bus = bus_of(log)
+        publish(bus, 1)
+        bus.publish(data, "ocr")
+        publish(bus, 1)
+        assert log.flush(LONG_S)
+        replayed = list(log.replay())
+        assert [event.sequence for event in replayed] == [1, 2, 3]
+        assert isinstance(replayed[1].data, Gap)
+        assert "has no JSON form" in replayed[1].data.why
+        assert log.state.dropped == 1
+        assert log.faults["encode"].count == 1
+
+
+def test_an_event_that_cannot_be_read_back_is_replayed_as_a_gap_and_counted(path: Path) -> None:
+    filled(path, 3)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("UPDATE events SET json = CAST('{}' AS BLOB) WHERE sequence = 2")
+    with open_log(path) as log:
+        assert [type(event.data) for event in log.replay()] == [CallStarted, Gap, CallStarted]
+        assert log.faults["decode"].count == 1
+
+
+# Offering and closing
+
+
+def test_an_event_out_of_order_is_refused_so_that_no_hole_is_ever_written(path: Path) -> None:
+    with open_log(path) as log:
+        with pytest.raises(ValueError, match="event 5 does not follow 0"):
+            log.offer(Event(5, 0, None, CallStarted("t", "r")))
+        publish(bus_of(log), 1)
+        assert log.flush(LONG_S)
+        assert log.state.ok
+
+
+def test_closing_writes_the_backlog_and_leaves_no_thread(path: Path) -> None:
+    log = open_log(path)
+    bus = bus_of(log)
+    publish(bus, 20_000)
+    state = log.close()
+    assert (state.ok, state.durable, state.backlog) == (True, 20_000, 0)
+    assert writer_threads() == []
+    assert not Path(f"{path}-wal").exists()
+    bus.publish(CallStarted("t", "r"), "ocr")
+    assert "came after the log was closed" in bus.faults["log"].last
+    with pytest.raises(LogClosed):
+        log.read_stored(0, 10, Filter())
+    assert log.close() == state
+
+
+def test_flush_says_no_when_the_disk_does_not_take_it_in_time(path: Path) -> None:
+    with open_log(path) as log, locked(path):
+        publish(bus_of(log), 1)
+        assert not log.flush(0.01)
+
+
+def test_closing_on_a_dead_disk_takes_no_longer_than_asked_and_says_what_is_left(path: Path) -> None:
+    log = open_log(path)
+    bus = bus_of(log)
+    publish(bus, 3)
+    assert log.flush(LONG_S)
+    path.parent.rename(path.parent.with_name("gone"))
+    publish(bus, 4)
+    began = time.monotonic()
+    state = log.close(timeout_s=0.3)
+    assert time.monotonic() - began < 5
+    assert (state.ok, state.durable, state.backlog) == (False, 3, 4)
+    assert writer_threads() == []
+
+
+# Listeners
+
+
+def test_listeners_get_every_batch_once_it_is_durable(path: Path) -> None:
+    seen: list[Batch] = []
+    stored_then: list[int] = []
+
+    def listen(batch: Batch) -> None:
+        seen.append(batch)
+        with contextlib.closing(sqlite3.connect(path)) as raw:
+            stored_then.append(raw.execute("SELECT max(sequence) FROM events").fetchone()[0])
+
+    with open_log(path) as log:
+        log.add_listener("test", listen)
+        published = publish(bus_of(log), 9000)
+        assert log.flush(LONG_S)
+        assert [event for batch in seen for event in batch.events] == published
+        assert [decode(record.json) for batch in seen for record in batch.records] == published
+        assert stored_then == [batch.records[-1].sequence for batch in seen]
+
+
+def test_a_listener_that_raises_is_counted_and_named_and_disturbs_nobody(path: Path) -> None:
+    seen: list[int] = []
+
+    def broken(batch: Batch) -> None:
+        raise RuntimeError("no")
+
+    with open_log(path) as log:
+        log.add_listener("broken", broken)
+        log.add_listener("sound", lambda batch: seen.extend(event.sequence for event in batch.events))
+        bus = bus_of(log)
+        for _ in range(2):
+            publish(bus, 1)
+            assert log.flush(LONG_S)
+        assert seen == [1, 2]
+        assert log.faults["broken"].count == 2
+        assert log.state.ok
+
+
+# Reading
+
+
+@pytest.mark.parametrize("ring", [10_000, 4], ids=["from the ring", "from the database"])
+def test_pages_are_in_order_bounded_and_filtered(path: Path, ring: int) -> None:
+    with open_log(path, ring=ring) as log:
+        bus = bus_of(log)
+        for number in range(30):
+            bus.publish(CallStarted("t", "r"), f"p{number % 3}")
+            if number % 10 == 9:
+                bus.publish(CallFinished("t", "r", True, 1.0), "p0")
+        assert log.flush(LONG_S)
+        assert numbers(log.page(0, 5)) == [1, 2, 3, 4, 5]
+        assert numbers(log.page(31, 5)) == [32, 33]
+        assert numbers(log.page(33, 5)) == []
+        assert numbers(log.page(0, 4, subject="p1")) == [2, 5, 8, 12]
+        assert numbers(log.page(0, 9, type="plugin.call.finished")) == [11, 22, 33]
+        assert numbers(log.page(11, 9, type="holdfast.plugin.call.finished", subject="p0")) == [22, 33]
+        assert log.page(0, 9, subject="nobody") == []
+
+
+def test_pages_can_be_read_from_many_threads_while_events_are_written(path: Path) -> None:
+    with open_log(path, ring=16) as log:
+        bus, faults = bus_of(log), []
+
+        def read() -> None:
+            after = 0
+            while after < 5000:
+                page = log.page(after, 100)
+                if numbers(page) != list(range(after + 1, after + 1 + len(page))):
+                    faults.append((after, numbers(page)))
+                after += len(page)
+
+        threads = [threading.Thread(target=read) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        publish(bus, 5000)
+        for thread in threads:
+            thread.join(LONG_S)
+        assert not any(thread.is_alive() for thread in threads)
+        assert faults == []
+
+
+async def taken(cursor: Cursor, until: int) -> list[Record]:
+    """All records up to number `until`."""
+    found: list[Record] = []
+    async with asyncio.timeout(LONG_S):
+        async for batch in cursor:
+            found += batch
+            if found[-1].sequence >= until:
+                break
+    return found
+
+
+@pytest.mark.parametrize("ring", [100_000, 2])
+async def test_a_subscriber_gets_what_was_and_what_comes_without_loss_or_repeat(path: Path, ring: int) -> None:
+    log = await asyncio.to_thread(open_log, path, ring=ring)
+    bus = bus_of(log)
+    await asyncio.to_thread(publish, bus, 3000)
+    reading = asyncio.create_task(taken(log.subscribe(1000), until=9000))
+    await asyncio.to_thread(publish, bus, 6000)
+    assert numbers(await reading) == list(range(1001, 9001))
+    await asyncio.to_thread(log.close)
+
+
+async def test_a_subscriber_from_now_on_gets_only_what_comes(path: Path) -> None:
+    log = await asyncio.to_thread(open_log, path)
+    bus = bus_of(log)
+    publish(bus, 3)
+    assert await asyncio.to_thread(log.flush, LONG_S)
+    cursor = log.subscribe()
+    publish(bus, 2)
+    assert numbers(await taken(cursor, until=5)) == [4, 5]
+    await asyncio.to_thread(log.close)
+
+
+@pytest.mark.parametrize("ring", [10_000, 2])
+async def test_a_filtered_subscriber_gets_what_it_wants_and_never_waits_for_what_it_does_not(
+    path: Path, ring: int
+) -> None:
+    log = await asyncio.to_thread(open_log, path, ring=ring)
+    bus = bus_of(log)
+    for _ in range(100):
+        publish(bus, 50, "noise")
+        publish(bus, 1, "ocr")
+    cursor = log.subscribe(0, subjects={"ocr", "yolo"}, types={"holdfast.plugin.call.started"})
+    assert numbers(await taken(cursor, until=5100)) == list(range(51, 5101, 51))
+    await asyncio.to_thread(log.close)
+
+
+def test_subscribers_on_several_event_loops_each_get_everything(path: Path) -> None:
+    found: list[list[int]] = []
+    with open_log(path, ring=64) as log:
+        bus = bus_of(log)
+
+        async def read_many() -> None:
+            read = await asyncio.gather(*(taken(log.subscribe(0), until=4000) for _ in range(5)))
+            found.extend(numbers(records) for records in read)
+
+        threads = [threading.Thread(target=lambda: asyncio.run(read_many())) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        publish(bus, 4000)
+        for thread in threads:
+            thread.join(LONG_S)
+        assert found == [list(range(1, 4001))] * 20
+        assert log._wakeups._loops == {}
+
+
+async def test_a_thousand_waiting_subscribers_cost_one_wakeup_per_batch(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = await asyncio.to_thread(open_log, path)
+    bus, loop = bus_of(log), asyncio.get_running_loop()
+    reading = [asyncio.create_task(taken(log.subscribe(0), until=1)) for _ in range(1000)]
+    await asyncio.sleep(0)  # each task runs until it waits
+    assert log._wakeups._loops[loop].waiting == 1000
+    calls: list[str] = []
+    real = loop.call_soon_threadsafe
+
+    def counting(callback: Callable[..., object], *args: object) -> asyncio.Handle:
+        if threading.current_thread().name == "holdfast-log":
+            calls.append(repr(callback))
+        return real(callback, *args)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counting)
+    publish(bus, 1)
+    assert {tuple(numbers(records)) for records in await asyncio.gather(*reading)} == {(1,)}
+    assert len(calls) == 1
+    await asyncio.to_thread(log.close)
+
+
+async def test_cancelling_a_waiting_subscriber_loses_nothing_and_leaves_nothing(path: Path) -> None:
+    log = await asyncio.to_thread(open_log, path)
+    bus, cursor = bus_of(log), log.subscribe(0)
+    waiting = asyncio.ensure_future(anext(cursor))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert log._wakeups._loops == {}
+    publish(bus, 2)
+    assert numbers(await taken(cursor, until=2)) == [1, 2]
+    await asyncio.to_thread(log.close)
+
+
+async def test_iteration_ends_after_the_last_event_when_the_log_is_closed(path: Path) -> None:
+    log = await asyncio.to_thread(open_log, path)
+    bus = bus_of(log)
+
+    async def read_all() -> list[int]:
+        return [record.sequence async for batch in log.subscribe(0) for record in batch]
+
+    reading = [asyncio.create_task(read_all()) for _ in range(3)]
+    await asyncio.sleep(0)
+    publish(bus, 10)
+    await asyncio.to_thread(log.close)
+    assert await asyncio.gather(*reading) == [list(range(1, 11))] * 3
+    assert [batch async for batch in log.subscribe(10)] == []
+
+
+async def test_a_closed_event_loop_with_waiting_subscribers_does_not_stop_the_writer(path: Path) -> None:
+    log = await asyncio.to_thread(open_log, path)
+
+    def abandon() -> None:
+        loop = asyncio.new_event_loop()
+        waiting = loop.create_task(asyncio.wait_for(anext(log.subscribe(0)), None))
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(asyncio.sleep(0))
+        waiting._log_destroy_pending = False  # type: ignore[attr-defined]
+        abandoned.append(waiting)
+        loop.close()
+
+    abandoned: list[asyncio.Task[list[Record]]] = []
+    await asyncio.to_thread(abandon)
+    assert len(log._wakeups._loops) == 1
+    publish(bus_of(log), 1)
+    assert await asyncio.to_thread(log.flush, LONG_S)
+    assert log._wakeups._loops == {}
+    await asyncio.to_thread(log.close)
+
+
+async def test_a_reader_of_another_log_is_told_so_and_then_goes_on_live(path: Path) -> None:
+    log = await asyncio.to_thread(open_log, path)
+    bus = bus_of(log)
+    publish(bus, 3)
+    assert await asyncio.to_thread(log.flush, LONG_S)
+    cursor = log.subscribe(500)
+    [told] = await anext(cursor)
+    assert (told.sequence, told.type) == (3, "gap")
+    gap = decode(told.json).data
+    assert gap == Gap(4, 500, "this log ends at 3; you have read a different one")
+    publish(bus, 1)
+    assert numbers(await anext(cursor)) == [4]
+    assert [record.type for record in log.page(500, 10)] == ["gap"]
+    assert len(await asyncio.to_thread(lambda: list(log.replay()))) == 4
+    await asyncio.to_thread(log.close)
+
+
+async def test_a_number_that_is_published_but_not_yet_durable_is_waited_for(path: Path) -> None:
+    log = await asyncio.to_thread(open_log, path)
+    bus = bus_of(log)
+    with locked(path):
+        publish(bus, 3)
+        cursor = log.subscribe(3)
+        reading = asyncio.ensure_future(anext(cursor))
+        publish(bus, 1)
+    assert numbers(await reading) == [4]
+    await asyncio.to_thread(log.close)
+
+
+async def test_a_reader_from_before_what_is_kept_is_told_so(path: Path) -> None:
+    await asyncio.to_thread(filled, path, 10)
+    let_go = changed(
+        "DELETE FROM events WHERE sequence < 6", "UPDATE meta SET value = 6 WHERE key = 'kept_from'"
+    )
+    await asyncio.to_thread(let_go, path)
+    log = await asyncio.to_thread(open_log, path)
+    cursor = log.subscribe(2)
+    [told] = await anext(cursor)
+    assert told.sequence == 5
+    assert decode(told.json).data == Gap(3, 5, "events before 6 are no longer kept")
+    assert numbers(await anext(cursor)) == [6, 7, 8, 9, 10]
+    await asyncio.to_thread(log.close)
+
+
+# Trouble with the disk
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Somebody else holds the database's write lock."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+def test_calls_go_on_while_the_disk_is_full_and_nothing_is_lost_once_it_is_not(path: Path) -> None:
+    with open_log(path) as log:
+        bus = bus_of(log)
+        publish(bus, 10)
+        assert log.flush(LONG_S)
+        write_connection(log).execute("PRAGMA max_page_count = 1")
+        publish(bus, 2000)
+        wait_until(log, lambda: not log.state.ok)
+        assert log.state.error is not None
+        assert "full; free space on that disk" in log.state.error
+        assert log.state.durable < 2010
+        publish(bus, 2000)
+        write_connection(log).execute("PRAGMA max_page_count = 1000000")
+        assert log.flush(LONG_S)
+        assert log.state.ok
+        assert log.state.dropped == 0
+        assert [event.sequence for event in log.replay()] == list(range(1, 4011))
+
+
+def test_what_does_not_fit_the_backlog_becomes_one_counted_gap_in_its_place(path: Path) -> None:
+    with open_log(path, backlog=100) as log:
+        bus = bus_of(log)
+        publish(bus, 10)
+        assert log.flush(LONG_S)
+        with locked(path):
+            publish(bus, 5)
+            wait_until(log, lambda: not log.state.ok)
+            held = len(log._backlog)  # what the writer took before the trouble stays
+            publish(bus, 500)
+            assert log.state.backlog == 100
+        assert log.flush(LONG_S)
+        assert log.state.dropped == held + 500 - 100
+        replayed = list(log.replay())
+        [gap] = [event for event in replayed if isinstance(event.data, Gap)]
+        assert isinstance(gap.data, Gap)
+        assert gap.sequence == gap.data.first
+        assert gap.data.last - gap.data.first + 1 == log.state.dropped
+        assert "locked" in gap.data.why
+        after_gap = [event.sequence for event in replayed if event.sequence > gap.sequence]
+        assert after_gap == list(range(gap.data.last + 1, 516))
+        assert [event.sequence for event in replayed if event.sequence < gap.sequence] == list(
+            range(1, gap.sequence)
+        )
+    with open_log(path) as log:
+        assert log.last == 515
+        assert list(log.replay()) == replayed
+
+
+@pytest.mark.parametrize("ring", [10_000, 2])
+async def test_a_gap_passes_every_filter_and_reaches_a_reader_whose_number_it_covers(
+    path: Path, ring: int
+) -> None:
+    log = await asyncio.to_thread(open_log, path, backlog=10, ring=ring)
+    bus = bus_of(log)
+    with locked(path):
+        publish(bus, 1)
+        await asyncio.to_thread(wait_until, log, lambda: not log.state.ok)
+        publish(bus, 50)
+    assert await asyncio.to_thread(log.flush, LONG_S)
+    publish(bus, 8)
+    assert await asyncio.to_thread(log.flush, LONG_S)
+    gap = next(record for record in log.page(0, 100) if record.type == "gap")
+    assert log.page(0, 9, subject="nobody", type="plugin.log") == [gap]
+    inside = gap.sequence + 3
+    assert (await anext(log.subscribe(inside, subjects={"nobody"}))) == [gap]
+    assert numbers(log.page(inside, 2)) == [gap.sequence, gap.end + 1]
+    assert log.page(inside, 1) == [gap]
+    cursor = log.subscribe(inside)
+    assert numbers(await taken(cursor, until=59)) == [gap.sequence, *range(gap.end + 1, 60)]
+    await asyncio.to_thread(log.close)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_real_full_disk_degrades_the_log_and_space_heals_it(small_disk: Path) -> None:
+    filler = small_disk / "filler"
+    log = open_log(small_disk / "events.db", backlog=20_000)
+    bus = bus_of(log)
+    publish(bus, 10)
+    assert log.flush(LONG_S)
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    publish(bus, 100)
+    wait_until(log, lambda: not log.state.ok)
+    assert len(log.page(0, 1000)) == log.state.durable  # reading goes on
+    filler.unlink()
+    assert log.flush(LONG_S)
+    assert [event.sequence for event in log.replay()] == list(range(1, 111))
+    assert log.close().ok
+
+
+def test_a_full_disk_at_close_loses_only_what_nobody_has_seen(small_disk: Path) -> None:
+    log = open_log(small_disk / "events.db")
+    bus = bus_of(log)
+    publish(bus, 20_000)
+    wait_until(log, lambda: not log.state.ok)
+    state = log.close(timeout_s=0.2)
+    assert state.durable + state.backlog == 20_000
+    assert state.backlog > 0
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    with open_log(small_disk / "events.db") as log:
+        assert log.last == state.durable
+        assert [event.sequence for event in log.replay()] == list(range(1, state.durable + 1))
+
+
+@pytest.mark.parametrize("what", ["database", "database and -wal", "replaced by another file"])
+def test_a_database_removed_while_it_is_open_is_written_anew_with_all_that_was_seen(path: Path, what: str) -> None:
+    with open_log(path, ring=2) as log:
+        bus = bus_of(log)
+        publish(bus, 100)
+        assert log.flush(LONG_S)
+        path.unlink()
+        if what == "database and -wal":
+            Path(f"{path}-wal").unlink()
+        elif what == "replaced by another file":
+            path.write_bytes(b"something else")
+        publish(bus, 100)
+        assert log.flush(LONG_S)
+        assert numbers(log.page(0, 1000)) == list(range(1, 201))
+        assert log.state.dropped == 0
+    with open_log(path) as log:
+        assert [event.sequence for event in log.replay()] == list(range(1, 201))
+    asides = [found.read_bytes() for found in path.parent.glob("events.db.replaced-*Z")]
+    assert asides == ([b"something else"] if what == "replaced by another file" else [])
+
+
+def test_a_folder_that_goes_away_degrades_the_log_until_it_is_back(path: Path) -> None:
+    with open_log(path) as log:
+        bus = bus_of(log)
+        publish(bus, 10)
+        assert log.flush(LONG_S)
+        path.parent.rename(path.parent.with_name("elsewhere"))
+        publish(bus, 10)
+        wait_until(log, lambda: "its folder is gone" in (log.state.error or ""))
+        assert log.state.backlog == 10
+        path.parent.mkdir()
+        assert log.flush(LONG_S)
+        assert [event.sequence for event in log.replay()] == list(range(1, 21))
+
+
+def test_a_file_lost_with_its_connection_leaves_a_gap_where_its_events_were(path: Path) -> None:
+    with open_log(path) as log:
+        bus = bus_of(log)
+        publish(bus, 10)
+        assert log.flush(LONG_S)
+        log._store._close_writer()
+        path.unlink()
+        for side in ("-wal", "-shm"):
+            Path(f"{path}{side}").unlink(missing_ok=True)
+        publish(bus, 5)
+        assert log.flush(LONG_S)
+        replayed = list(log.replay())
+        assert replayed[0].data == Gap(1, 10, "the log's file was lost while it was open")
+        assert [event.sequence for event in replayed] == [1, *range(11, 16)]
+
+
+def test_a_writer_that_fails_unforeseen_says_so_and_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = open_log(path)
+    bus = bus_of(log)
+
+    def broken(_event: Event) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(log._writer._projection, "apply", broken)
+    publish(bus, 1)
+    log._writer._thread.join(LONG_S)
+    assert not log.state.ok
+    assert "a fault of ours" in (log.state.error or "")
+    assert log.faults["writer"].count == 1
+    assert not log.close().ok
+
+
+# Opening
+
+
+def test_a_second_engine_on_the_same_log_is_refused_with_what_to_do(path: Path) -> None:
+    with open_log(path), pytest.raises(LogUnavailable, match="another engine has it open; stop it, or choose"):
+        open_log(path)
+    with open_log(path) as log:
+        assert log.state.ok
+
+
+def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LogUnavailable, match="choose a data folder that this user can write"):
+        open_log(tmp_path / "file" / "events.db")
+
+
+def test_a_database_locked_by_somebody_is_refused_with_what_to_do(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(path, 1)
+    monkeypatch.setattr("events.store.BUSY_TIMEOUT_S", 0.01)
+    with locked(path), pytest.raises(LogUnavailable, match="locked; end the other process that uses it"):
+        open_log(path)
+    with open_log(path) as log:
+        assert log.last == 1
+
+
+def not_sqlite(path: Path) -> None:
+    path.write_bytes(b"hello " * 1000)
+
+
+def damaged_page(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(4096 * 3)
+        file.write(b"\xff" * 4096)
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def changed(*statements: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
+            for statement in statements:
+                raw.execute(statement)
+
+    return change
+
+
+def of_something_else(path: Path) -> None:
+    path.unlink()
+    changed("CREATE TABLE meta(key, value)", "CREATE TABLE photos(id)")(path)
+
+
+def wal_without_database(path: Path) -> None:
+    path.rename(f"{path}-wal")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (not_sqlite, "not an SQLite database"),
+        (damaged_page, "damaged|malformed"),
+        (truncated, "damaged|malformed"),
+        (of_something_else, "a database of something else"),
+        (changed("UPDATE meta SET value = '7' WHERE key = 'version'"), "schema version is 7, not 1"),
+        (changed("DELETE FROM events WHERE sequence = 250"), "1 numbers are missing and no gap event says why"),
+        (changed("DELETE FROM events WHERE sequence < 3"), "numbering begins at 3, not at 1"),
+        (wal_without_database, "the database is gone but its -wal file is there"),
+    ],
+    ids=["not sqlite", "page", "truncated", "something else", "version", "hole", "beginning", "wal only"],
+)
+def test_an_unsound_log_is_named_moved_aside_whole_and_replaced_by_a_new_one(
+    path: Path, damage: Callable[[Path], None], why: str
+) -> None:
+    filled(path, 500)
+    damage(path)
+    before = {found.name[len(path.name) :]: found.read_bytes() for found in path.parent.glob("events.db*")}
+    with pytest.raises(CorruptLog, match=why):
+        open_log(path)
+    aside = EventLog.repair(path)
+    assert aside.name.startswith("events.db.corrupt-")
+    for end, content in before.items():
+        if end != ".lock":
+            assert Path(f"{aside}{end}").read_bytes() == content
+    with open_log(path) as log:
+        assert log.last == 0
+
+
+def test_repairs_never_overwrite_one_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.parent.mkdir()
+    asides = set()
+    for content in (b"one", b"two", b"three"):
+        path.write_bytes(content)
+        asides.add(EventLog.repair(path))
+    assert sorted(aside.read_bytes() for aside in asides) == [b"one", b"three", b"two"]
+
+
+def test_a_large_log_is_checked_in_full_only_after_an_unclean_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(path, 10)
+    full_checks: list[Path] = []
+    monkeypatch.setattr(Store, "_check_numbering", lambda store: full_checks.append(store.path))
+    monkeypatch.setattr("events.store.QUICK_CHECK_BYTES", 0)
+    with open_log(path):
+        pass
+    assert full_checks == []
+    changed("UPDATE meta SET value = '0' WHERE key = 'clean'")(path)
+    with open_log(path):
+        pass
+    assert full_checks == [path]
+
+
+# Killed
+
+CHILD = """
+import os, sys, threading
+from pathlib import Path
+from events.audit import AuditLog
+from events.bus import EventBus
+from events.envelope import CallStarted
+from events.log import EventLog
+from events.projections import HealthProjection
+
+folder = Path(sys.argv[1])
+log = EventLog.open(folder / "events.db", source="child")
+audit = AuditLog.open(folder / "audit.jsonl")
+audit.attach(log)
+bus = EventBus(HealthProjection(log.load()[0]), last=log.last)
+bus.subscribe(log)
+log.add_listener("tell", lambda batch: os.write(1, b"".join(record.json + b"\\n" for record in batch.records)))
+paced = threading.Semaphore(2000)
+log.add_listener("pace", lambda batch: paced.release(len(batch.records)))
+
+def publish(name):
+    number = 0
+    while True:
+        paced.acquire()
+        bus.publish(CallStarted("read", f"{name}-{number}"), name)
+        number += 1
+
+for number in range(4):
+    threading.Thread(target=publish, args=(f"plugin{number}",)).start()
+"""
+
+
+def test_after_kill_9_at_any_moment_all_that_was_seen_is_there_unchanged_and_without_holes(tmp_path: Path) -> None:
+    from events.audit import AuditLog, verify
+
+    seen: list[bytes] = []
+    chance = random.Random(20260)
+    for _ in range(6):
+        enough = len(seen) + chance.randrange(1, 4000)
+        with subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+        ) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.endswith(b"\n"):  # the pipe's own last line may be torn
+                    seen.append(line[:-1])
+                if len(seen) == enough:
+                    child.send_signal(signal.SIGKILL)
+        with EventLog.open(tmp_path / "events.db", source="parent") as log:
+            stored = [record.json for record in log._store.replay(0, log.last)]
+            by_number = {decode(json).sequence: json for json in stored}
+            assert list(by_number) == list(range(1, log.last + 1))
+            assert all(by_number[decode(line).sequence] == line for line in seen)
+            assert fold_all(log.replay()) == log.load()[0]
+            audit = AuditLog.open(tmp_path / "audit.jsonl")
+            audit.attach(log)
+            audit.close()
+            assert verify(tmp_path / "audit.jsonl", last=log.last).ok
+        assert len(seen) >= enough
