@@ -8,6 +8,7 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import AsyncExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ class Engine:
         self.instance = f"holdfast/{uuid.uuid4()}"
         self.faults: dict[str, Fault] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._starts: dict[str, asyncio.Task[None]] = {}  # the latest of each plugin
         self._restarting: dict[str, asyncio.Lock] = {}
         self._settled = False
         self._stopping = False
@@ -122,44 +124,33 @@ class Engine:
     async def open(self) -> None:
         """Open the log, discover and register the plugins. Health is there from now on, all of it LOADED."""
         settings = self.settings
-        candidates = await asyncio.to_thread(
-            discover,
-            settings.plugin_dirs,
-            bundled=_bundled() if settings.bundled else None,
-            entry_points=settings.entry_points,
-        )
-        data_dir = settings.data_dir.absolute()
-        self.log = await asyncio.to_thread(self._open_log, data_dir)
-        self.audit = await asyncio.to_thread(
-            AuditLog.open, data_dir / "audit.jsonl", redact=[settings.token] if settings.token else []
-        )
-        await asyncio.to_thread(self.audit.attach, self.log)
-        views, last = self.log.load()
-        self.bus = EventBus(HealthProjection(views), last=last)
-        self.metrics = Metrics()
-        self.metrics.watch(bus=self.bus, log=self.log, audit=self.audit, engine_faults=self._fault_count)
-        self.bus.subscribe(self.log)
-        self.bus.subscribe(self.metrics)
-        self.bus.publish(EngineStarted(VERSION, os.getpid()))
-
-        self.scratch_root = data_dir / "scratch" / self.instance.rpartition("/")[2]
-        await asyncio.to_thread(_remove_stale, self.scratch_root.parent)
-        self._spawner = Spawner(self.scratch_root)
-        self._watch = MemoryWatch(settings.memory_interval_s)
-        self._own("memory_watch", self._watch.run())
-        gpu = GpuCheck(timeout_s=settings.gpu_check_timeout_s)
-        self.registry = PluginRegistry(self.bus)
-        self._starter = Starter(settings, self.bus, self._spawner, self._watch, gpu, self._fail)
-        self._runner = ToolRunner(settings, self.registry, self.bus, self._fail, self._note_fault)
-        for candidate in candidates:
-            self.registry.begin(candidate)
+        async with AsyncExitStack() as stack:
+            candidates = await asyncio.to_thread(
+                discover,
+                settings.plugin_dirs,
+                bundled=_bundled() if settings.bundled else None,
+                entry_points=settings.entry_points,
+            )
+            data_dir = settings.data_dir.absolute()
+            await self._open_events(data_dir, stack)
+            self.scratch_root = data_dir / "scratch" / self.instance.rpartition("/")[2]
+            await asyncio.to_thread(_remove_stale, self.scratch_root.parent)
+            self._spawner = Spawner(self.scratch_root)
+            stack.push_async_callback(self._spawner.close)
+            stack.push_async_callback(self._cancel_tasks)
+            self._watch = MemoryWatch(settings.memory_interval_s, self.note_fault)
+            self._own("memory_watch", self._watch.run())
+            gpu = GpuCheck(timeout_s=settings.gpu_check_timeout_s)
+            self.registry = PluginRegistry(self.bus)
+            self._starter = Starter(settings, self.bus, self._spawner, self._watch, gpu, self._fail)
+            self._runner = ToolRunner(settings, self.registry, self.bus, self._fail, self.note_fault)
+            for candidate in candidates:
+                self.registry.begin(candidate)
+            self._parts = stack.pop_all()
 
     async def settle(self) -> None:
         """Start every plugin; returns when each has settled, in service or not."""
-        starts = [
-            self._own(f"start {incarnation.name}", self._starter.settle(incarnation))
-            for incarnation in self.registry.all()
-        ]
+        starts = [self._start(incarnation) for incarnation in self.registry.all()]
         if starts:
             await asyncio.wait(starts)
         self._settled = True
@@ -175,14 +166,35 @@ class Engine:
             log.warning("calls_not_drained", calls=left, drain_s=self.settings.drain_s)
         pools = [incarnation.pool for incarnation in self.registry.all() if incarnation.pool is not None]
         await asyncio.gather(*(pool.end() for pool in pools))
+        await self._parts.aclose()
+
+    async def _open_events(self, data_dir: Path, stack: AsyncExitStack) -> None:
+        """The log, what reads it, and the bus that goes on where it ends. Closed in reverse: the log last."""
+        token = self.settings.token
+        self.log = await asyncio.to_thread(self._open_log, data_dir)
+        self.audit = await asyncio.to_thread(
+            AuditLog.open, data_dir / "audit.jsonl", redact=[token] if token else []
+        )
+        stack.push_async_callback(asyncio.to_thread, self.audit.close)
+        stack.push_async_callback(self._close_log)
+        await asyncio.to_thread(self.audit.attach, self.log)
+        views, last = self.log.load()
+        self.bus = EventBus(HealthProjection(views), last=last)
+        self.metrics = Metrics()
+        self.metrics.watch(bus=self.bus, log=self.log, audit=self.audit, engine_faults=self._fault_count)
+        self.bus.subscribe(self.log)
+        self.bus.subscribe(self.metrics)
+        self.bus.publish(EngineStarted(VERSION, os.getpid()))
+
+    async def _close_log(self) -> None:
+        state = await asyncio.to_thread(self.log.close)
+        if state.backlog:
+            log.error("events_not_written", events=state.backlog, error=state.error)
+
+    async def _cancel_tasks(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._spawner.close()
-        state = await asyncio.to_thread(self.log.close)
-        await asyncio.to_thread(self.audit.close)
-        if state.backlog:
-            log.error("events_not_written", events=state.backlog, error=state.error)
 
     def _open_log(self, data_dir: Path) -> EventLog:
         path = data_dir / "events.db"
@@ -267,11 +279,14 @@ class Engine:
             if self._stopping:
                 raise SetupError("the engine is stopping; restart the plugin at the next one")
             old = self.registry.get(name)
+            if (start := self._starts.get(name)) is not None and not start.done():
+                start.cancel()
+                await asyncio.wait([start])
             if old.pool is not None:
                 old.pool.close(_RESTARTED)
                 await old.pool.end()
             candidate = await asyncio.to_thread(reread, old.candidate)
-            await self._starter.settle(self.registry.begin(candidate), refresh_gpu=True)
+            await asyncio.wait([self._start(self.registry.begin(candidate), refresh_gpu=True)])
             return self.health(name)
 
     # Reading. Any thread.
@@ -364,6 +379,11 @@ class Engine:
         if incarnation.pool is not None:
             self._own(f"end {incarnation.name}", incarnation.pool.end())
 
+    def _start(self, incarnation: Incarnation, *, refresh_gpu: bool = False) -> asyncio.Task[None]:
+        settling = self._starter.settle(incarnation, refresh_gpu=refresh_gpu)
+        self._starts[incarnation.name] = task = self._own(f"start {incarnation.name}", settling)
+        return task
+
     def _own(self, name: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
@@ -373,13 +393,14 @@ class Engine:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            self._note_fault(task.get_name(), exc)
+            self.note_fault(task.get_name(), exc)
             log.error("task_failed", task=task.get_name(), exc_info=exc)
 
     def _fault_count(self) -> int:
         return sum(fault.count for fault in self.faults.copy().values())
 
-    def _note_fault(self, name: str, exc: BaseException) -> None:
+    def note_fault(self, name: str, exc: BaseException) -> None:
+        """Count an exception of the engine's own, under the part's name. Shown by `parts` and the metrics."""
         seen = self.faults.get(name)
         self.faults[name] = Fault(1 if seen is None else seen.count + 1, f"{type(exc).__name__}: {exc}")
 

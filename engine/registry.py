@@ -74,7 +74,8 @@ class PluginRegistry:
             name = candidate.name
             known = self._bus.projection.snapshot().get(name)
             number = 1 if known is None else known.incarnation + 1
-            if name in self._incarnations:
+            if (old := self._incarnations.get(name)) is not None:
+                old.lifecycle.end()
                 self._bus.publish(Restarted(number), name)
             lifecycle = Lifecycle(number, _facts(candidate), lambda event: self._bus.publish(event, name))
             incarnation = Incarnation(candidate, lifecycle)

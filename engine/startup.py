@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from events.envelope import PluginLog, WorkerExited, WorkerStarted
 log = structlog.get_logger(__name__)
 
 _MIB = 1024 * 1024
+_SLOT_WAIT_S = 5.0
 
 
 class _Observer:
@@ -97,7 +99,7 @@ class Starter:
             problem = candidate.problem or Cause(ReasonCode.MANIFEST_INVALID, "it has no manifest")
             incarnation.leave_service(Trigger.FAIL, problem)
             return
-        async with self._slots:
+        async with self._slot():
             try:
                 await self._settle(incarnation, candidate.manifest, refresh_gpu)
             except SpawnFailed as exc:
@@ -111,6 +113,19 @@ class Starter:
                 )
                 incarnation.leave_service(Trigger.FAIL, Cause(ReasonCode.ENGINE_FAULT, text))
                 raise
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """A place among the few that start at once; plugins that hang there delay the others only so long."""
+        try:
+            await asyncio.wait_for(self._slots.acquire(), _SLOT_WAIT_S)
+        except TimeoutError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            self._slots.release()
 
     async def _settle(self, incarnation: Incarnation, manifest: Manifest, refresh_gpu: bool) -> None:
         folder = incarnation.candidate.folder

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -31,10 +30,10 @@ from events.audit_verify import NOTHING, AuditReport, digest, parse, verify
 from events.bus import Fault
 from events.envelope import CallFinished, Event, Gap, Transition
 from events.log import Batch, CorruptLog, EventLog, LogClosed, LogUnavailable
+from events.redact import Fields, redactor
 
 __all__ = ["AuditLog", "AuditReport", "AuditState", "verify"]
 
-REDACTED = "[redacted]"
 CATCH_UP_EVENTS = 20_000  # at most, while a batch of the log waits: under half a second
 WRITE_EVENTS = 1000
 TAIL_BYTES = 1 << 20
@@ -42,17 +41,8 @@ TAIL_BYTES = 1 << 20
 log = structlog.get_logger(__name__)
 
 Level: TypeAlias = Literal["info", "warning", "error"]
-_Fields: TypeAlias = MutableMapping[str, Any]
 
 _encoder = msgspec.json.Encoder()
-_SECRET_NAME = re.compile(
-    r"(^|[_.-])(token|authorization|password|passwd|passphrase|secret|cookie|api[_-]?key)($|[_.-])", re.IGNORECASE
-)
-_BEARER = re.compile(r"(bearer\s+)[\w.~+/=-]+", re.IGNORECASE)
-
-
-_OURS = ("sequence", "time", "level", "event")  # fields that no plugin and no caller has a hand in
-_PLAIN = (int, float, bool)
 
 
 class AuditState(msgspec.Struct, frozen=True):
@@ -74,44 +64,6 @@ def level_of(event: Event) -> Level:
     return "info"
 
 
-def redactor(secrets: Sequence[str]) -> Callable[[Any, str, _Fields], _Fields]:
-    """A structlog processor: no secret in any string, and none under a name like `token` or `password`."""
-    values = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
-    secret_names: dict[str, bool] = {}
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, str):
-            for secret in values:
-                if secret in value:
-                    value = value.replace(secret, REDACTED)
-            return _BEARER.sub(rf"\1{REDACTED}", value) if "earer" in value.lower() else value
-        if isinstance(value, dict):
-            return clean_fields(value)
-        if isinstance(value, (list, tuple)):
-            return [clean(item) for item in value]
-        return value
-
-    def clean_fields(fields: _Fields) -> _Fields:
-        for name, value in fields.items():
-            if value is None or value.__class__ in _PLAIN:
-                continue
-            secret = secret_names.get(name)
-            if secret is None:
-                secret = secret_names[name] = _SECRET_NAME.search(name) is not None
-            if secret:
-                fields[name] = REDACTED
-            else:
-                fields[name] = clean(value)
-        return fields
-
-    def process(_logger: Any, _level: str, fields: _Fields) -> _Fields:
-        return {
-            name: value if name in _OURS else clean_fields({name: value})[name] for name, value in fields.items()
-        }
-
-    return process
-
-
 class _Chain:
     """The last processor: links each line to the one before and renders it."""
 
@@ -119,7 +71,7 @@ class _Chain:
         self.head = NOTHING
         self.lines: list[bytes] = []
 
-    def __call__(self, _logger: Any, _level: str, fields: _Fields) -> bytes:
+    def __call__(self, _logger: Any, _level: str, fields: Fields) -> bytes:
         fields["prev"] = self.head
         raw = _encoder.encode(fields) + b"\n"
         self.head = digest(raw)
@@ -137,7 +89,7 @@ class _Emitter(structlog.BoundLoggerBase):
         self._proxy_to_logger(level, event, **fields)
 
 
-def _event_first(_logger: Any, level: str, fields: _Fields) -> _Fields:
+def _event_first(_logger: Any, level: str, fields: Fields) -> Fields:
     """The order a person reads in: number, time, level, what, whose, the rest."""
     head = {key: fields.pop(key) for key in ("sequence", "time") if key in fields}
     return {**head, "level": level, "event": fields.pop("event"), **fields}
@@ -248,12 +200,16 @@ class AuditLog:
             yield part
 
     def _write(self, events: Sequence[Event]) -> None:
-        for event in events:
-            fields: dict[str, Any] = {"sequence": event.sequence, "time": event.time}
-            if event.subject is not None:
-                fields["plugin"] = event.subject
-            fields["data"] = msgspec.to_builtins(event.data)
-            self._emitter.emit(level_of(event), event.type, fields)
+        try:
+            for event in events:
+                fields: dict[str, Any] = {"sequence": event.sequence, "time": event.time}
+                if event.subject is not None:
+                    fields["plugin"] = event.subject
+                fields["data"] = msgspec.to_builtins(event.data)
+                self._emitter.emit(level_of(event), event.type, fields)
+        except BaseException:
+            self._release()  # the chain in memory is ahead of the file; opening it again sets that right
+            raise
         last = events[-1]
         self._append(last.data.last if isinstance(last.data, Gap) else last.sequence)
 

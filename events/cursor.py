@@ -21,7 +21,7 @@ import msgspec
 
 from events.backlog import LogClosed
 from events.envelope import TYPE_PREFIX, Gap
-from events.store import Record
+from events.record import Record
 
 BATCH_LIMIT = 1000  # records in one batch of a cursor
 

@@ -22,7 +22,8 @@ from events.bus import Fault
 from events.cursor import Cursor, Filter, Page, Ring, Wakeups
 from events.envelope import Event, Gap, decode, encode
 from events.projections import HealthProjection, Views, fold_all
-from events.store import CorruptLog, LogUnavailable, Record, Store, explain, move_aside
+from events.record import CorruptLog, LogUnavailable, Record, explain
+from events.store import Store, move_aside
 from events.writer import Batch, Snapshot, Writer, load_snapshot
 
 __all__ = ["Batch", "CorruptLog", "Cursor", "EventLog", "LogClosed", "LogState", "LogUnavailable", "Record"]

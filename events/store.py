@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from events.envelope import Gap
+from events.record import CorruptLog, FileGone, LogUnavailable, Record, explain
 
 FORMAT = "holdfast-events"
 VERSION = "1"
@@ -46,73 +47,6 @@ _SCHEMA = (
 )
 _COLUMNS = "sequence, type, subject, json"
 _GAPS = f"SELECT {_COLUMNS} FROM events WHERE type = '{Gap.TYPE}'"  # noqa: S608
-_NEXT_STEP = {
-    "SQLITE_FULL": "free space on that disk",
-    "SQLITE_READONLY": "make it writable",
-    "SQLITE_BUSY": "end the other process that uses it",
-    "SQLITE_LOCKED": "end the other process that uses it",
-    "SQLITE_CANTOPEN": "check that its folder exists and is writable",
-}
-
-
-class CorruptLog(Exception):
-    """The file is not a sound log. `EventLog.repair(path)` moves it aside."""
-
-    def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"{path}: {why}; `EventLog.repair` moves it aside and keeps it")
-        self.path = path
-        self.why = why
-
-
-class LogUnavailable(Exception):
-    """The file cannot be used now; the message says what to do."""
-
-    def __init__(self, path: Path, why: str, next_step: str) -> None:
-        super().__init__(f"{path}: {why}; {next_step}")
-        self.path = path
-        self.why = why
-
-
-class FileGone(OSError):
-    """The file that is open here no longer stands at its path."""
-
-
-class Record(msgspec.Struct, frozen=True, gc=False):
-    """One durable event: `json` is its CloudEvents form, the same bytes for every reader."""
-
-    sequence: int
-    type: str
-    subject: str | None
-    json: bytes
-
-    @property
-    def end(self) -> int:
-        """The last number this record stands for: its own, or for a gap the last that is missing."""
-        return self.sequence if self.type != Gap.TYPE else max(self.sequence, _gap_end(self.json))
-
-
-class _GapBounds(msgspec.Struct):
-    last: int
-
-
-class _GapEnvelope(msgspec.Struct):
-    data: _GapBounds
-
-
-_gap_decoder = msgspec.json.Decoder(_GapEnvelope)
-
-
-def _gap_end(json: bytes) -> int:
-    return _gap_decoder.decode(json).data.last
-
-
-def explain(path: Path, exc: Exception) -> Exception:
-    """A `CorruptLog` or `LogUnavailable` for what SQLite or the operating system said."""
-    code = getattr(exc, "sqlite_errorname", None) or ""
-    if code.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return CorruptLog(path, str(exc))
-    step = next((step for name, step in _NEXT_STEP.items() if code.startswith(name)), "check the disk")
-    return LogUnavailable(path, str(exc), step)
 
 
 def move_aside(path: Path, label: str) -> Path:
@@ -148,7 +82,7 @@ class Store:
             self._open()
         except BaseException as exc:
             self.close(clean=False)
-            if isinstance(exc, (sqlite3.Error, OSError)):
+            if isinstance(exc, (sqlite3.Error, OSError, msgspec.MsgspecError)):
                 raise explain(path, exc) from exc
             raise
 

@@ -19,7 +19,8 @@ import structlog
 from events.backlog import Backlog
 from events.envelope import CallFinished, CallProgress, Event, Gap, encode
 from events.projections import HealthProjection, PluginView
-from events.store import CorruptLog, LogUnavailable, Record, Store, explain
+from events.record import CorruptLog, LogUnavailable, Record, explain
+from events.store import Store
 
 BATCH_EVENTS = 4096  # in one transaction
 SNAPSHOT_EVERY = 50_000  # events
@@ -118,10 +119,10 @@ class Writer:
             batch = self._encode(events)
             for event in batch.events:
                 self._projection.apply(event)
+            self._on_durable(batch)
             if not self._write(batch.records):
                 return False
             self._durable = batch.records[-1].end
-            self._on_durable(batch)
             if self._durable - self._snapshot_at >= SNAPSHOT_EVERY:
                 self._save_snapshot()
         return True

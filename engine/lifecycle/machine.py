@@ -37,6 +37,7 @@ class Lifecycle:
         self._lock = threading.Lock()
         self._publish = publish
         self._cause: Cause | None = None
+        self._over = False
         self._status = Status(ENTRY, incarnation)
         publish(Transition(None, ENTRY.value, None, incarnation, plugin=facts))
 
@@ -72,6 +73,8 @@ class Lifecycle:
                 f"{trigger.value} leads to {row.dest.value}: a cause belongs to FAILED and UNAVAILABLE"
             )
         with self._lock:
+            if self._over:
+                raise IllegalTransition(f"incarnation {self._status.incarnation} is over; a later one has begun")
             before = self._status
             self._cause = cause
             try:
@@ -96,6 +99,11 @@ class Lifecycle:
                 )
             )
             return after
+
+    def end(self) -> None:
+        """A restart: this incarnation stays as it is, and publishes nothing more."""
+        with self._lock:
+            self._over = True
 
     def fire_if(self, trigger: Trigger, cause: Cause | None = None) -> bool:
         """`fire`, unless another thread or an earlier fault was first; says whether it changed the state."""

@@ -227,7 +227,7 @@ class Worker:
             ended = await self.end(Ending.START_TIMEOUT)
             raise StartFailed(_cause_of(ended)) from None
         except asyncio.CancelledError:
-            self._own(self.end(Ending.STOP))
+            await asyncio.shield(self.end(Ending.STOP))
             raise
         if isinstance(report, wire.Ready):
             self.tools = report.tools

@@ -7,6 +7,7 @@ watch sees the tree, and what is not private data. Both are needed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 import structlog
@@ -35,10 +36,16 @@ class Watched(Protocol):
 
 
 class MemoryWatch:
-    """Looks at all workers together, every `interval_s` while any is busy."""
+    """Looks at all workers together, every `interval_s` while any is busy.
 
-    def __init__(self, interval_s: float) -> None:
+    Args:
+        interval_s: between two looks.
+        on_fault: counts a look that failed; the next one is due all the same.
+    """
+
+    def __init__(self, interval_s: float, on_fault: Callable[[str, BaseException], None]) -> None:
         self._interval_s = interval_s
+        self._on_fault = on_fault
         self._workers: dict[int, Watched] = {}
         self._wake = asyncio.Event()
         self.oom_kills = 0  # as of the last look
@@ -65,7 +72,11 @@ class MemoryWatch:
             if skipped < _IDLE_INTERVALS and not any(w.busy for w in self._workers.values()):
                 continue
             skipped = 0
-            await self._look()
+            try:
+                await self._look()
+            except Exception as exc:  # a watch that died would be a limit that is gone
+                log.exception("memory_watch_fault")
+                self._on_fault("memory_watch", exc)
 
     async def _look(self) -> None:
         used = await asyncio.to_thread(proc.resident_bytes, list(self._workers))

@@ -38,6 +38,9 @@ class Pool:
         self._idle = deque(workers)
         self._waiting: deque[asyncio.Future[Worker]] = deque()
         self._closed: Cause | None = None
+        self._leased = 0
+        self._free = asyncio.Event()  # set iff nothing is leased
+        self._free.set()
 
     @property
     def waiting(self) -> int:
@@ -54,22 +57,33 @@ class Pool:
         if self._closed is not None:
             raise PoolClosed(self._closed)
         if self._idle:
-            return self._idle.popleft()
+            return self._lease(self._idle.popleft())
         if len(self._waiting) >= self._queue:
             raise QueueFull
         turn: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            return await turn
+            return self._lease(await turn)
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self.give_back(turn.result())  # it was handed over in the very moment of the cancellation
+                self._pass_on(turn.result())  # it was handed over in the very moment of the cancellation
             elif turn in self._waiting:
                 self._waiting.remove(turn)
             raise
 
+    def _lease(self, worker: Worker) -> Worker:
+        self._leased += 1
+        self._free.clear()
+        return worker
+
     def give_back(self, worker: Worker) -> None:
         """The call is over: the next one's turn."""
+        self._leased -= 1
+        if self._leased == 0:
+            self._free.set()
+        self._pass_on(worker)
+
+    def _pass_on(self, worker: Worker) -> None:
         if self._closed is not None or worker.dead:
             return
         while self._waiting:
@@ -91,5 +105,6 @@ class Pool:
                 turn.set_exception(PoolClosed(cause))
 
     async def end(self) -> None:
-        """End every worker that still lives; returns once all are gone."""
+        """End every worker that still lives; returns once all are gone and every call has its outcome."""
         await asyncio.gather(*(worker.end(Ending.STOP) for worker in self.workers))
+        await self._free.wait()

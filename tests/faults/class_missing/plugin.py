@@ -1,0 +1,9 @@
+"""Defines another class than its manifest names."""
+
+
+class Detector:
+    def __init__(self, context): ...
+
+    def validate(self): ...
+
+    def work(self) -> None: ...

@@ -1,0 +1,3 @@
+"""Asks for 4 GiB while it is imported."""
+
+TABLE = bytearray(4 << 30)
