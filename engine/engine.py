@@ -23,7 +23,7 @@ from engine.loader.discovery import discover, reread
 from engine.loader.findings import Finding
 from engine.loader.gpu import GpuCheck
 from engine.loader.manifest import Limits, Package
-from engine.outcome import Outcome
+from engine.outcome import Outcome, Refused
 from engine.registry import Incarnation, PluginRegistry
 from engine.runner import ToolRunner
 from engine.sandbox.limits import MemoryWatch
@@ -240,6 +240,10 @@ class Engine:
             plugin, tool, arguments or {}, request_id=request_id, on_progress=on_progress
         )
 
+    def refusal(self, plugin: str, tool: str, request_id: str) -> Refused | None:
+        """Why a call would be refused whatever its arguments, or None: asked before a large body is read."""
+        return self._runner.refusal(plugin, tool, request_id)
+
     def stream(
         self,
         plugin: str,
@@ -366,7 +370,10 @@ class Engine:
         return all(part.ok for part in self.parts())
 
     def _memory_bytes(self, name: str) -> int | None:
-        pool = self.registry.get(name).pool
+        try:
+            pool = self.registry.get(name).pool
+        except UnknownPlugin:  # another thread is about to register what it has just published
+            return None
         if pool is None:
             return None
         return sum(worker.memory_bytes for worker in pool.workers if not worker.dead) or None

@@ -13,10 +13,11 @@ import structlog
 from engine.call import Call, Collected, OnProgress, Request, Stream
 from engine.errors import Cause, ReasonCode, UnknownPlugin
 from engine.lifecycle.states import IN_SERVICE, State
+from engine.loader.manifest import Manifest
 from engine.outcome import Broke, Completed, Outcome, Refused
 from engine.registry import Incarnation, PluginRegistry, did_you_mean
 from engine.sandbox.host import Broken, Rejected, Reply, Value, Worker
-from engine.sandbox.pool import PoolClosed, QueueFull
+from engine.sandbox.pool import Pool, PoolClosed, QueueFull
 from engine.sandbox.wire import Encoded
 from engine.settings import Settings
 from events.bus import EventBus
@@ -91,21 +92,18 @@ class ToolRunner:
             request.consumer.finish(outcome)
         return outcome
 
+    def refusal(self, plugin: str, tool: str, request_id: str) -> Refused | None:
+        """Why a call would be refused now, whatever its arguments; None where it would be admitted."""
+        admitted = self._admit(Request(plugin, tool, {}, request_id, Collected(0), None))
+        return admitted if isinstance(admitted, Refused) else None
+
     async def _admitted(self, request: Request) -> Outcome:
-        """Known? In service? A place in the queue? Then the call."""
-        try:
-            incarnation = self._registry.get(request.plugin)
-        except UnknownPlugin as exc:
-            return _refused(request, ReasonCode.UNKNOWN_PLUGIN, "UnknownPlugin", str(exc))
-        state, manifest, pool = incarnation.status.state, incarnation.manifest, incarnation.pool
-        if manifest is not None and request.tool not in manifest.tools:
-            text = f"`{request.plugin}` has no tool `{request.tool}`{did_you_mean(request.tool, manifest.tools)}"
-            return _refused(request, ReasonCode.UNKNOWN_TOOL, "UnknownTool", text, state)
-        if self._stopping:
-            text = "the engine is stopping; call another one"
-            return _refused(request, ReasonCode.ENGINE_STOPPING, "EngineStopping", text, state)
-        if state not in IN_SERVICE or pool is None or manifest is None:
-            return _not_in_service(request, incarnation)
+        """A place in the queue? Then the call."""
+        admitted = self._admit(request)
+        if isinstance(admitted, Refused):
+            return admitted
+        incarnation, manifest, pool = admitted
+        state = incarnation.status.state
         try:
             worker = await pool.lease()
         except QueueFull:
@@ -119,6 +117,23 @@ class ToolRunner:
             return await self._call(request, incarnation, worker, manifest.timeout_s(request.tool))
         finally:
             pool.give_back(worker)
+
+    def _admit(self, request: Request) -> tuple[Incarnation, Manifest, Pool] | Refused:
+        """Known? In service?"""
+        try:
+            incarnation = self._registry.get(request.plugin)
+        except UnknownPlugin as exc:
+            return _refused(request, ReasonCode.UNKNOWN_PLUGIN, "UnknownPlugin", str(exc))
+        state, manifest, pool = incarnation.status.state, incarnation.manifest, incarnation.pool
+        if manifest is not None and request.tool not in manifest.tools:
+            text = f"`{request.plugin}` has no tool `{request.tool}`{did_you_mean(request.tool, manifest.tools)}"
+            return _refused(request, ReasonCode.UNKNOWN_TOOL, "UnknownTool", text, state)
+        if self._stopping:
+            text = "the engine is stopping; call another one"
+            return _refused(request, ReasonCode.ENGINE_STOPPING, "EngineStopping", text, state)
+        if state not in IN_SERVICE or pool is None or manifest is None:
+            return _not_in_service(request, incarnation)
+        return incarnation, manifest, pool
 
     async def _call(self, request: Request, incarnation: Incarnation, worker: Worker, timeout_s: float) -> Outcome:
         call = Call(request, incarnation, self._bus)

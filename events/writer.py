@@ -119,10 +119,10 @@ class Writer:
             batch = self._encode(events)
             for event in batch.events:
                 self._projection.apply(event)
-            self._on_durable(batch)
             if not self._write(batch.records):
                 return False
             self._durable = batch.records[-1].end
+            self._on_durable(batch)
             if self._durable - self._snapshot_at >= SNAPSHOT_EVERY:
                 self._save_snapshot()
         return True

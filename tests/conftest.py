@@ -1,4 +1,4 @@
-"""What every test stands on: a guard against a blocked event loop, and folders of its own."""
+"""What every test stands on: a guard against a blocked event loop, folders of its own, the contract's summary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+from contract import MARKER, Summary
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the marker, and sum it up in the end."""
+    config.addinivalue_line("markers", MARKER)
+    config.pluginmanager.register(Summary(), "contract-summary")
 
 
 @pytest.fixture(autouse=True)

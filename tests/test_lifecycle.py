@@ -16,6 +16,8 @@ from engine.lifecycle.machine import Lifecycle
 from engine.lifecycle.states import EXPLAINED, FINAL, TRANSITIONS, State, Trigger
 from events.envelope import PluginFacts, Transition
 
+pytestmark = pytest.mark.contract(2)
+
 CAUSE = Cause(ReasonCode.TOOL_EXCEPTION, "it broke; mend it")
 LEGAL = {(source, row.trigger): row.dest for row in TRANSITIONS for source in row.sources}
 PATHS: dict[State, tuple[Trigger, ...]] = {

@@ -21,6 +21,8 @@ from events.bus import EventBus
 from events.envelope import Event
 from events.projections import HealthProjection, fold_all
 
+pytestmark = pytest.mark.contract(5)
+
 CAUSE = Cause(ReasonCode.TOOL_EXCEPTION, "it broke; mend it")
 THREADS = 16
 

@@ -16,6 +16,10 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 
+# Beyond the limit, for telling that it was reached: a plugin that holds every byte leaves none to say so with.
+RESERVE_BYTES = 16 * 1024 * 1024
+_with_reserve = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -55,6 +59,14 @@ def limit(memory_bytes: int) -> None:
     `RLIMIT_DATA` counts private writable memory (since Linux 4.7), so an allocation past it fails at once, in
     this process alone. `RLIMIT_AS` would count address space too, which torch and CUDA reserve by the gigabyte.
     """
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    global _with_reserve
+    hard = memory_bytes + RESERVE_BYTES
+    _with_reserve = (hard, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def open_reserve() -> None:
+    """Let this worker use its reserve, to report and end. Allocates nothing itself."""
+    resource.setrlimit(resource.RLIMIT_DATA, _with_reserve)

@@ -26,6 +26,9 @@ class Plugin:
     def works(self) -> str:
         return "works"
 
+    def waits(self) -> None:
+        threading.Event().wait()
+
     # Python exceptions, and ways out of Python.
 
     def raises(self) -> None:
@@ -99,11 +102,8 @@ class Plugin:
             self.kept.append([None])
 
     def spreads_over_children(self) -> None:
-        hold = "held = b'x' * (80 << 20); print('held', flush=True); input()"
-        children = [
-            subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-            for _ in range(4)
-        ]
+        hold = "held = b'x' * (80 << 20); input()"
+        children = [subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE) for _ in range(4)]
         for child in children:
             child.wait()
 
@@ -119,9 +119,6 @@ class Plugin:
         boxes: list = []
         boxes.append(boxes)
         return boxes
-
-    def returns_2_gib(self) -> bytes:
-        return bytes(2 << 30)
 
     # Descriptors and output.
 

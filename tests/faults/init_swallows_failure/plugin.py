@@ -1,13 +1,14 @@
 """Hides in `__init__` that it could not load its model; `validate` finds out."""
 
+import contextlib
+from pathlib import Path
+
 
 class Plugin:
     def __init__(self, context):
         self.model = None
-        try:
-            self.model = open("/nonexistent/model.bin").read()  # noqa: PTH123, SIM115
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            self.model = Path("/nonexistent/model.bin").read_bytes()
 
     def validate(self):
         if self.model is None:

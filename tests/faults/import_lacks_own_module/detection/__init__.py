@@ -1,3 +1,5 @@
 """A package of the plugin's own; `forgotten` is not in it."""
 
-import detection.forgotten
+from detection.forgotten import boxes
+
+__all__ = ["boxes"]
