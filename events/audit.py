@@ -21,16 +21,16 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import msgspec
 import structlog
 
+from events.audit_lines import Chain, Emitter
 from events.audit_verify import NOTHING, AuditReport, digest, parse, verify
 from events.bus import Fault
-from events.envelope import CallFinished, Event, Gap, Transition
+from events.envelope import Event, Gap
 from events.log import Batch, CorruptLog, EventLog, LogClosed, LogUnavailable
-from events.redact import Fields, redactor
 
 __all__ = ["AuditLog", "AuditReport", "AuditState", "verify"]
 
@@ -40,10 +40,6 @@ TAIL_BYTES = 1 << 20
 
 log = structlog.get_logger(__name__)
 
-Level: TypeAlias = Literal["info", "warning", "error"]
-
-_encoder = msgspec.json.Encoder()
-
 
 class AuditState(msgspec.Struct, frozen=True):
     """How the audit is."""
@@ -52,47 +48,6 @@ class AuditState(msgspec.Struct, frozen=True):
     error: str | None
     last: int  # the number of the last event audited
     faults: int
-
-
-def level_of(event: Event) -> Level:
-    """`error` where a plugin broke or events were lost, `warning` where one cannot work here, else `info`."""
-    data = event.data
-    if isinstance(data, Transition):
-        return "error" if data.to == "FAILED" else "warning" if data.to == "UNAVAILABLE" else "info"
-    if isinstance(data, Gap) or (isinstance(data, CallFinished) and data.broke):
-        return "error"
-    return "info"
-
-
-class _Chain:
-    """The last processor: links each line to the one before and renders it."""
-
-    def __init__(self) -> None:
-        self.head = NOTHING
-        self.lines: list[bytes] = []
-
-    def __call__(self, _logger: Any, _level: str, fields: Fields) -> bytes:
-        fields["prev"] = self.head
-        raw = _encoder.encode(fields) + b"\n"
-        self.head = digest(raw)
-        return raw
-
-    def take(self, raw: bytes) -> None:
-        """The sink that structlog calls with the rendered line."""
-        self.lines.append(raw)
-
-    info = warning = error = take
-
-
-class _Emitter(structlog.BoundLoggerBase):
-    def emit(self, level: Level, event: str, fields: dict[str, Any]) -> None:
-        self._proxy_to_logger(level, event, **fields)
-
-
-def _event_first(_logger: Any, level: str, fields: Fields) -> Fields:
-    """The order a person reads in: number, time, level, what, whose, the rest."""
-    head = {key: fields.pop(key) for key in ("sequence", "time") if key in fields}
-    return {**head, "level": level, "event": fields.pop("event"), **fields}
 
 
 class AuditLog:
@@ -109,11 +64,8 @@ class AuditLog:
         self._closed = False
         self._lock = threading.Lock()  # of the writer thread and of whoever calls `catch_up`
         self._source: EventLog | None = None
-        self._chain = _Chain()
-        processors: list[Any] = [_event_first, redactor(redact), self._chain]
-        self._emitter: _Emitter = structlog.wrap_logger(
-            self._chain, processors=processors, wrapper_class=_Emitter, context_class=dict
-        ).bind()
+        self._chain = Chain(redact)
+        self._emitter = Emitter.into(self._chain)
 
     @classmethod
     def open(cls, path: Path, *, redact: Sequence[str] = ()) -> AuditLog:
@@ -188,40 +140,45 @@ class AuditLog:
     # From events to lines
 
     def _missing(self, limit: int | None) -> Iterator[list[Event]]:
+        """What the log has and the file has not, in parts; a note before each hole that retention left."""
         source = self._source
         if source is None:
             return
         if source.durable < self._last:
-            self._write_note("audit.log_replaced", after=source.first - 1, had=self._last)
-        elif self._last + 1 < source.first:
-            self._write_note("audit.events_not_kept", after=source.first - 1, had=self._last)
-        events = islice(source.replay(self._last), limit)
-        while part := list(islice(events, WRITE_EVENTS)):
+            self._write_note("audit.log_replaced", after=0, had=self._last)
+        part: list[Event] = []
+        end = self._last
+        for event in islice(source.replay(self._last), limit):
+            if event.sequence > end + 1:
+                if part:
+                    yield part
+                self._write_note("audit.events_not_kept", after=event.sequence - 1, had=end)
+                part = []
+            part.append(event)
+            end = _end(event)
+            if len(part) == WRITE_EVENTS:
+                yield part
+                part = []
+        if part:
             yield part
 
     def _write(self, events: Sequence[Event]) -> None:
         try:
             for event in events:
-                fields: dict[str, Any] = {"sequence": event.sequence, "time": event.time}
-                if event.subject is not None:
-                    fields["plugin"] = event.subject
-                fields["data"] = msgspec.to_builtins(event.data)
-                self._emitter.emit(level_of(event), event.type, fields)
+                self._emitter.emit_event(event)
         except BaseException:
             self._release()  # the chain in memory is ahead of the file; opening it again sets that right
             raise
-        last = events[-1]
-        self._append(last.data.last if isinstance(last.data, Gap) else last.sequence)
+        self._append(_end(events[-1]))
 
     def _write_note(self, name: str, *, after: int, **fields: Any) -> None:
         """A line about the audit itself; `after` is the event it follows."""
-        time = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        self._emitter.emit("warning", name, {"time": time, "after": after, **fields})
+        self._emitter.emit_note(name, after=after, **fields)
         self._append(after)
 
     def _append(self, last: int) -> None:
         """Write the lines rendered so far; the file then covers events up to `last`."""
-        lines, self._chain.lines = b"".join(self._chain.lines), []
+        lines = self._chain.take()
         try:
             left = memoryview(lines)
             while left:
@@ -271,7 +228,8 @@ class AuditLog:
 
     def _read_end(self) -> Path | None:
         """Set the chain to the file's last whole line; what follows it is moved to a file of its own."""
-        size, window, self._chain.lines = os.fstat(self._fd).st_size, TAIL_BYTES, []
+        self._chain.take()  # what an earlier attempt rendered and could not write
+        size, window = os.fstat(self._fd).st_size, TAIL_BYTES
         while True:
             start = max(0, size - window)
             tail = _read(self._fd, start, size)
@@ -298,6 +256,11 @@ class AuditLog:
             os.fsync(file.fileno())
         os.ftruncate(self._fd, end)
         return aside
+
+
+def _end(event: Event) -> int:
+    """The last number that the event stands for."""
+    return event.data.last if isinstance(event.data, Gap) else event.sequence
 
 
 def _read(fd: int, start: int, end: int) -> bytes:

@@ -7,11 +7,17 @@ them, stands for all.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
 
-from events.envelope import Event, Gap
+from events.envelope import Event, Gap, PluginLog, Transition, WorkerExited
+
+EVENT_BYTES = 512  # about what an event takes in memory, beside a long text
+AVERAGE_BYTES = 1024  # that the bound on memory allows an event on average
+
+_LONG_TEXT = {PluginLog: "message", Transition: "reason", WorkerExited: "reason"}
 
 
 class LogClosed(Exception):
@@ -25,19 +31,30 @@ class Backlog:
     """
 
     def __init__(self, limit: int, last: int) -> None:
+        """At most `limit` events, and on average `AVERAGE_BYTES` each."""
         self.changed = threading.Condition()  # guards all that the writer and others share
         self.offered = last  # the last number seen
         self.dropped = 0  # events that a gap stands for
         self.trouble: str | None = None  # why events have to wait, for the gap's `why`
         self.closing = threading.Event()
         self._limit = limit
+        self._max_bytes = limit * AVERAGE_BYTES
         self._waiting: deque[Event] = deque()
+        self._waiting_bytes = 0
         self._gap: Gap | None = None  # what was dropped just before the first of `_waiting`
         self._taken = 0  # events that the writer has and that are not durable yet
+        self._taken_bytes = 0
+        self._moved = 0.0  # monotonic: when the writer last took or settled, or began to have something to do
         self._idle = False  # the writer waits for something to do
 
     def __len__(self) -> int:
         return self._taken + len(self._waiting)
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long the writer has not moved, though there is something to write."""
+        with self.changed:
+            return time.monotonic() - self._moved if len(self) else 0.0
 
     def offer(self, event: Event) -> None:
         """Append one event; never waits for the disk.
@@ -53,27 +70,37 @@ class Backlog:
                 raise ValueError(f"event {event.sequence} does not follow {self.offered}")
             self.offered = event.sequence
             self._waiting.append(event)
-            if len(self) > self._limit:
+            self._waiting_bytes += _weight(event)
+            if self._taken + len(self._waiting) > self._limit:
+                self._drop_oldest()
+            while self._waiting and self._taken_bytes + self._waiting_bytes > self._max_bytes:
                 self._drop_oldest()
             if self._idle:
+                self._idle = False
+                self._moved = time.monotonic()
                 self.changed.notify_all()
 
     def _drop_oldest(self) -> None:
-        number = self._waiting.popleft().sequence
+        oldest = self._waiting.popleft()
+        self._waiting_bytes -= _weight(oldest)
+        number = oldest.sequence
         first = number if self._gap is None else self._gap.first
         self._gap = Gap(first, number, f"could not be written: {self.trouble or 'the disk is too slow'}")
         self.dropped += 1
 
-    def take(self, limit: int) -> list[Event]:
-        """Up to `limit` events to write, after the gap before them; waits for one. Empty: closed and done.
+    def take(self, limit: int, wait_s: float | None = None) -> list[Event] | None:
+        """Up to `limit` events to write, after the gap before them; waits for one, at most `wait_s`.
 
-        What is taken is numbered for good: it is never dropped, and the next drop begins a gap of its own.
+        None: none came. Empty: closed and done. What is taken is numbered for good: it is never dropped, and the
+        next drop begins a gap of its own.
         """
         with self.changed:
-            while not self._waiting and self._gap is None and not self.closing.is_set():
+            if not self._has_work() and wait_s != 0:
                 self._idle = True
-                self.changed.wait()
+                self.changed.wait_for(self._has_work, wait_s)
                 self._idle = False
+            if not self._has_work():
+                return None
             taken: list[Event] = []
             if self._gap is not None:
                 taken.append(Event(self._gap.first, time.time_ns() // 1000 * 1000, None, self._gap))
@@ -81,15 +108,24 @@ class Backlog:
             if len(self._waiting) <= limit:
                 taken.extend(self._waiting)
                 self._waiting = deque()
+                self._taken_bytes = self._waiting_bytes
             else:
-                taken.extend(self._waiting.popleft() for _ in range(limit))
+                first = [self._waiting.popleft() for _ in range(limit)]
+                taken.extend(first)
+                self._taken_bytes = sum(map(_weight, first))
+            self._waiting_bytes -= self._taken_bytes
             self._taken = len(taken)
+            self._moved = time.monotonic()
             return taken
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting) or self._gap is not None or self.closing.is_set()
 
     def settle(self) -> None:
         """What was taken is durable."""
         with self.changed:
-            self._taken = 0
+            self._taken = self._taken_bytes = 0
+            self._moved = time.monotonic()
             self.trouble = None
 
     def close(self) -> None:
@@ -97,3 +133,9 @@ class Backlog:
         with self.changed:
             self.closing.set()
             self.changed.notify_all()
+
+
+def _weight(event: Event) -> int:
+    """Bytes in memory, about."""
+    field = _LONG_TEXT.get(type(event.data))
+    return EVENT_BYTES if field is None else EVENT_BYTES + sys.getsizeof(getattr(event.data, field))

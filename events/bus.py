@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from events.bounds import bounded
 from events.envelope import Event, EventData
 from events.projections import HealthProjection
 
@@ -69,7 +70,8 @@ class EventBus:
             self._subscribers = tuple(s for s in self._subscribers if s is not subscriber)
 
     def publish(self, data: EventData, subject: str | None = None) -> Event:
-        """Number the event, fold it, offer it. Returns it as numbered."""
+        """Number the event, fold it, offer it. Returns it as numbered, over-long texts cut (`events.bounds`)."""
+        data = bounded(data)
         with self._lock:
             # Whole microseconds, as the envelope's `time` has: a replayed fold must equal the live one.
             time_ns = self._clock() // 1000 * 1000

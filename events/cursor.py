@@ -22,7 +22,9 @@ import msgspec
 from events.backlog import LogClosed
 from events.envelope import TYPE_PREFIX, Gap
 from events.record import Record
+from events.retention import LET_GO
 
+RECORD_BYTES = 1024  # that the bound on the ring's memory allows a record on average
 BATCH_LIMIT = 1000  # records in one batch of a cursor
 
 _sequence = attrgetter("sequence")
@@ -41,6 +43,11 @@ class Filter(msgspec.Struct, frozen=True):
             None if subjects is None else frozenset(subjects),
             None if types is None else frozenset(name.removeprefix(TYPE_PREFIX) for name in types),
         )
+
+    @property
+    def lasting(self) -> bool:
+        """Whether retention keeps all that the reader wants."""
+        return self.types is not None and self.types.isdisjoint(LET_GO)
 
     def passes(self, record: Record) -> bool:
         """Whether the reader wants it."""
@@ -73,16 +80,32 @@ class Ring:
             self.records = records
 
     def __init__(self, size: int, floor: int) -> None:
+        """Keeps `size` records, and on average `RECORD_BYTES` each; for a while up to twice that."""
         self._size = size
+        self._bytes = 0  # of JSON; the writer's own
         self._kept = Ring._Kept(floor, [])
+
+    @property
+    def floor(self) -> int:
+        """Every record numbered above it is here."""
+        return self._kept.floor
 
     def extend(self, records: Sequence[Record]) -> None:
         """Add a batch; lets the oldest go, at twice the size, so that the cost per record is constant."""
         kept = self._kept
         kept.records.extend(records)
-        surplus = len(kept.records) - self._size
-        if surplus >= self._size:
-            self._kept = Ring._Kept(kept.records[surplus].sequence - 1, kept.records[surplus:])
+        self._bytes += sum(len(record.json) for record in records)
+        if len(kept.records) >= 2 * self._size or self._bytes >= 2 * self._size * RECORD_BYTES:
+            self._shrink(kept.records)
+
+    def _shrink(self, records: list[Record]) -> None:
+        first, room = len(records), self._size * RECORD_BYTES
+        while first > max(0, len(records) - self._size) and len(records[first - 1].json) <= room:
+            first -= 1
+            room -= len(records[first].json)
+        floor = records[first].sequence - 1 if first < len(records) else records[-1].end
+        self._bytes = self._size * RECORD_BYTES - room
+        self._kept = Ring._Kept(floor, records[first:])
 
     def read(self, after: int, until: int, limit: int, chosen: Filter) -> Page | None:
         """Up to `limit` wanted records numbered in (after, until], or None where the ring begins later."""
@@ -119,7 +142,7 @@ class Readable(Protocol):
     def closed(self) -> bool:
         """Nothing more will become durable."""
 
-    def notice(self, after: int) -> Record | None:
+    def notice(self, after: int, chosen: Filter) -> Record | None:
         """A made-up gap for a reader whose number does not fit this log."""
 
     def read_recent(self, after: int, limit: int, chosen: Filter) -> Page | None:
@@ -201,7 +224,7 @@ class Cursor(AsyncIterator[list[Record]]):
 
     async def __anext__(self) -> list[Record]:
         while not self._stopped:
-            if (notice := self._log.notice(self.position)) is not None:
+            if (notice := self._log.notice(self.position, self._chosen)) is not None:
                 self.position = notice.sequence
                 return [notice]
             if self.position < self._log.durable:

@@ -10,7 +10,6 @@ same number and bytes, after `kill -9` or lost power.
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -20,13 +19,18 @@ import structlog
 from events.backlog import Backlog, LogClosed
 from events.bus import Fault
 from events.cursor import Cursor, Filter, Page, Ring, Wakeups
-from events.envelope import Event, Gap, decode, encode
+from events.envelope import Event, Gap, decode
+from events.files import move_aside
 from events.projections import HealthProjection, Views, fold_all
+from events.reading import Reading
 from events.record import CorruptLog, LogUnavailable, Record, explain
-from events.store import Store, move_aside
-from events.writer import Batch, Snapshot, Writer, load_snapshot
+from events.snapshot import Snapshot, load_snapshot
+from events.store import Store
+from events.writer import Batch, Writer
 
 __all__ = ["Batch", "CorruptLog", "Cursor", "EventLog", "LogClosed", "LogState", "LogUnavailable", "Record"]
+
+STALLED_S = 5.0  # a write that takes longer is trouble, though it has not failed
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +45,7 @@ class LogState(msgspec.Struct, frozen=True):
     durable: int  # the last number that is durable
     backlog: int  # events that are not durable yet
     dropped: int  # events of this run that a gap stands for
+    first: int  # from this number on every event is kept
 
 
 class EventLog:
@@ -48,40 +53,64 @@ class EventLog:
 
     name = "log"
 
-    def __init__(self, store: Store, *, source: str, backlog: int, ring: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        source: str,
+        backlog: int,
+        ring: int,
+        retain_events: int | None,
+        retain_days: float | None,
+    ) -> None:
         """Use `EventLog.open`."""
         self.faults: dict[str, Fault] = {}
         self.source = source
         self._store = store
-        self._durable = self._settled = store.last()
-        self._first = store.first
-        self._closed = False
+        self._settled = last = store.last()
         self._listeners: tuple[tuple[str, Listener], ...] = ()
         self._wakeups = Wakeups()
-        self._ring = Ring(ring, self._durable)
-        self._backlog = Backlog(backlog, self._durable)
+        self._ring = Ring(ring, last)
+        self._backlog = Backlog(backlog, last)
+        self._reading = Reading(store, self._ring, self._backlog, source=source, durable=last)
         self._changed = self._backlog.changed
-        projection = HealthProjection(self._restore())
-        self._initial = (projection.snapshot(), self._durable)
+        snapshot = self._load_snapshot()
+        projection = HealthProjection(fold_all(self.replay(snapshot.sequence), snapshot.views))
+        self._initial = (projection.snapshot(), last)
         self._writer = Writer(
             store,
             self._backlog,
             source=source,
-            durable=self._durable,
+            durable=last,
+            snapshot=snapshot.sequence,
             projection=projection,
+            retain_events=retain_events,
+            retain_days=retain_days,
             on_durable=self._publish,
             note_fault=self._note_fault,
         )
 
     @classmethod
-    def open(cls, path: Path, *, source: str, backlog: int = 100_000, ring: int = 8192) -> EventLog:
+    def open(
+        cls,
+        path: Path,
+        *,
+        source: str,
+        backlog: int = 100_000,
+        ring: int = 8192,
+        retain_events: int | None = None,
+        retain_days: float | None = None,
+    ) -> EventLog:
         """Open or create the log at `path` and start its writer. Blocking.
 
         Args:
             path: the database file; its folder is created.
             source: the engine's instance, for the events written from now on.
-            backlog: how many events may wait for the disk.
-            ring: how many recent records are kept in memory for readers.
+            backlog: how many events may wait for the disk, with 1 KiB each on average.
+            ring: how many recent records are kept in memory for readers, with 1 KiB each on average.
+            retain_events: at least that many of the latest numbers are kept in full; before them calls and log
+                lines go (see `events.retention`). None: they are kept for ever.
+            retain_days: calls and log lines older than that go too. None: none goes for its age.
 
         Raises:
             CorruptLog: not a sound log; `repair` moves it aside.
@@ -89,7 +118,14 @@ class EventLog:
         """
         store = Store(path)
         try:
-            opened = cls(store, source=source, backlog=backlog, ring=ring)
+            opened = cls(
+                store,
+                source=source,
+                backlog=backlog,
+                ring=ring,
+                retain_events=retain_events,
+                retain_days=retain_days,
+            )
         except BaseException as exc:
             store.close(clean=False)
             if isinstance(exc, sqlite3.Error):
@@ -122,12 +158,12 @@ class EventLog:
     @property
     def durable(self) -> int:
         """The last number that is durable now."""
-        return self._durable
+        return self._reading.durable
 
     @property
     def closed(self) -> bool:
         """Nothing more will become durable."""
-        return self._closed
+        return self._reading.closed
 
     @property
     def state(self) -> LogState:
@@ -135,7 +171,9 @@ class EventLog:
         with self._changed:
             backlog = self._backlog
             error = backlog.trouble
-            return LogState(error is None, error, self._durable, len(backlog), backlog.dropped)
+            if error is None and (stalled_s := backlog.stalled_s) > STALLED_S:
+                error = f"{self.path}: a write has not come back for {stalled_s:.0f} s; check the disk"
+            return LogState(error is None, error, self._reading.durable, len(backlog), backlog.dropped, self.first)
 
     # Start
 
@@ -145,19 +183,20 @@ class EventLog:
 
     @property
     def first(self) -> int:
-        """The lowest number that is kept."""
-        return self._first
+        """From this number on every event is kept; below it retention may have let calls and log lines go."""
+        return self._store.numbering.complete_from
 
     def replay(self, after: int = 0) -> Iterator[Event]:
-        """Every durable event after number `after`, in order. Blocking; from any thread.
+        """Every durable event after number `after` that is kept, in order. Blocking; from any thread.
 
-        An unreadable one comes as a gap, counted in `faults`.
+        Below `first` there may be holes, and no gap event for them. An unreadable one comes as a gap, counted
+        in `faults`.
 
         Raises:
             CorruptLog: a number is missing, or the file is damaged.
         """
         try:
-            for record in self._store.replay(after, self._durable):
+            for record in self._store.replay(after, self._reading.durable):
                 try:
                     yield decode(record.json)
                 except (msgspec.MsgspecError, ValueError) as exc:
@@ -167,13 +206,12 @@ class EventLog:
         except (sqlite3.Error, msgspec.MsgspecError) as exc:
             raise explain(self.path, exc) from exc
 
-    def _restore(self) -> Views:
+    def _load_snapshot(self) -> Snapshot:
         try:
-            snapshot = load_snapshot(self._store, self._durable)
-        except (msgspec.MsgspecError, ValueError) as exc:
+            return load_snapshot(self._store, self._reading.durable)
+        except (msgspec.MsgspecError, ValueError) as exc:  # counters of what was let go are lost with it
             self._note_fault("snapshot", exc)
-            snapshot = Snapshot(0, {})
-        return fold_all(self.replay(snapshot.sequence), snapshot.views)
+            return Snapshot(0, {})
 
     # Writing
 
@@ -195,7 +233,7 @@ class EventLog:
         """Wait until all that was offered is durable and the listeners had it. False: not in time."""
         with self._changed:
             offered = self._backlog.offered
-            self._changed.wait_for(lambda: self._settled >= offered or self._closed, timeout_s)
+            self._changed.wait_for(lambda: self._settled >= offered or self._reading.closed, timeout_s)
             return self._settled >= offered
 
     def close(self, timeout_s: float = 5.0) -> LogState:
@@ -206,7 +244,7 @@ class EventLog:
         if not self._writer.close(timeout_s):
             log.error("log_writer_stuck", path=str(self.path))
         with self._changed:
-            self._closed = True
+            self._reading.closed = True
             self._changed.notify_all()
         self._wakeups.notify()
         return self.state
@@ -214,7 +252,7 @@ class EventLog:
     def _publish(self, batch: Batch) -> None:
         self._ring.extend(batch.records)
         with self._changed:
-            self._durable = batch.records[-1].end
+            self._reading.durable = batch.records[-1].end
             self._backlog.settle()
             listeners = self._listeners
         self._wakeups.notify()
@@ -224,7 +262,7 @@ class EventLog:
             except Exception as exc:  # one listener's trouble is its own
                 self._note_fault(name, exc)
         with self._changed:
-            self._settled = self._durable
+            self._settled = self._reading.durable
             self._changed.notify_all()
 
     def _note_fault(self, name: str, exc: Exception) -> None:
@@ -244,10 +282,13 @@ class EventLog:
     ) -> Cursor:
         """Batches of records after number `after` (None: from now on), replayed and then live.
 
-        A reader whose number does not fit this log is first told so by one made-up `gap` record.
+        A reader whose number does not fit this log is first told so by one made-up `gap` record. So is one from
+        before `first`: the gap bears the last number that it stands for, says why, and what follows is complete.
+        Lifecycle events below `first` are kept: a reader whose `types` are all of that kind gets them from the
+        beginning and no gap, for it misses nothing.
         """
-        start = self._durable if after is None else after
-        return Cursor(self, self._wakeups, start, Filter.of(subjects, types))
+        start = self.durable if after is None else after
+        return Cursor(self._reading, self._wakeups, start, Filter.of(subjects, types))
 
     def page(
         self,
@@ -257,7 +298,7 @@ class EventLog:
         subject: str | None = None,
         type: str | None = None,  # noqa: A002
     ) -> list[Record]:
-        """Up to `limit` durable records after number `after`. Blocking; from any thread.
+        """Up to `limit` durable records after number `after`. Blocking; from any thread. For gaps see `subscribe`.
 
         Raises:
             LogUnavailable, CorruptLog: the database cannot be read now.
@@ -268,37 +309,4 @@ class EventLog:
 
     def read(self, after: int, limit: int, chosen: Filter) -> Page:
         """Like `page`, with the number up to which a filtered reader now knows everything."""
-        if (notice := self.notice(after)) is not None:
-            return Page([notice], notice.sequence)
-        return self.read_recent(after, limit, chosen) or self.read_stored(after, limit, chosen)
-
-    def read_recent(self, after: int, limit: int, chosen: Filter) -> Page | None:
-        """From the ring, or None where it begins later than `after`."""
-        durable = self._durable  # taken first: the ring holds all of it
-        return self._ring.read(after, max(durable, after), limit, chosen)
-
-    def read_stored(self, after: int, limit: int, chosen: Filter) -> Page:
-        """From the database; see `page` for errors."""
-        if self._closed:
-            raise LogClosed(f"{self.path} was closed")
-        durable = self._durable
-        try:
-            records = self._store.read(after, durable, limit, chosen.subjects, chosen.types)
-        except sqlite3.Error as exc:
-            if self._closed:
-                raise LogClosed(f"{self.path} was closed") from exc
-            raise explain(self.path, exc) from exc
-        return Page(records, records[-1].end if len(records) >= limit else durable)
-
-    def notice(self, after: int) -> Record | None:
-        """A made-up gap, never stored, for a reader whose number is not one of this log's; else None."""
-        if after > self._backlog.offered:
-            at, why = self._durable, f"this log ends at {self._durable}; you have read a different one"
-            missing = (at + 1, after)
-        elif after < self._first - 1:
-            at, why = self._first - 1, f"events before {self._first} are no longer kept"
-            missing = (max(after, 0) + 1, at)
-        else:
-            return None
-        gap = Event(at, time.time_ns(), None, Gap(*missing, why))
-        return Record(at, gap.type, None, encode(gap, self.source))
+        return self._reading.read(after, limit, chosen)

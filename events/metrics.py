@@ -158,6 +158,7 @@ class Metrics:
     def _watch_log(self, log: EventLog) -> None:
         self.gauge("holdfast_log_ok", "1 while the event log can be written.", lambda: log.state.ok)
         self.gauge("holdfast_log_durable", "Number of the last durable event.", lambda: log.durable)
+        self.gauge("holdfast_log_first", "From this number on every event is kept.", lambda: log.first)
         self.gauge("holdfast_log_backlog", "Events waiting for the disk.", lambda: log.state.backlog)
         self.counter("holdfast_log_dropped", "Events that a gap stands for.", lambda: log.state.dropped)
         self.counter(

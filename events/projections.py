@@ -91,14 +91,15 @@ def _transition(view: PluginView, event: Event, data: Any) -> PluginView:
         in_service_since_ns=event.time_ns if data.to == "INITIALIZED" else since,
         in_flight=0 if entry else view.in_flight,
         pids=() if entry else view.pids,
+        as_of=event.sequence,
     )
 
 
 def _call_started(view: PluginView, event: Event, _data: Any) -> PluginView:
-    return replace(view, in_flight=view.in_flight + 1, last_used_ns=event.time_ns)
+    return replace(view, in_flight=view.in_flight + 1, last_used_ns=event.time_ns, as_of=event.sequence)
 
 
-def _call_finished(view: PluginView, _event: Event, data: Any) -> PluginView:
+def _call_finished(view: PluginView, event: Event, data: Any) -> PluginView:
     total_ms = view.total_execution_time_ms
     return replace(
         view,
@@ -107,15 +108,20 @@ def _call_finished(view: PluginView, _event: Event, data: Any) -> PluginView:
         error_count=view.error_count + data.broke,
         last_execution_time_ms=data.duration_ms,
         total_execution_time_ms=total_ms + data.duration_ms if data.ok else total_ms,
+        as_of=event.sequence,
     )
 
 
-def _worker_started(view: PluginView, _event: Event, data: Any) -> PluginView:
-    return replace(view, pids=(*view.pids, data.pid))
+def _worker_started(view: PluginView, event: Event, data: Any) -> PluginView:
+    return replace(view, pids=(*view.pids, data.pid), as_of=event.sequence)
 
 
-def _worker_exited(view: PluginView, _event: Event, data: Any) -> PluginView:
-    return replace(view, pids=tuple(pid for pid in view.pids if pid != data.pid))
+def _worker_exited(view: PluginView, event: Event, data: Any) -> PluginView:
+    return replace(view, pids=tuple(pid for pid in view.pids if pid != data.pid), as_of=event.sequence)
+
+
+def _seen(view: PluginView, event: Event, _data: Any) -> PluginView:
+    return replace(view, as_of=event.sequence)
 
 
 _FOLDS: dict[type[EventData], Callable[[PluginView, Event, Any], PluginView]] = {
@@ -151,9 +157,7 @@ def _apply(views: dict[str, PluginView], event: Event) -> None:
     if isinstance(event.data, Gap):
         return
     view = views.get(event.subject) or PluginView(event.subject, present=False)
-    change = _FOLDS.get(type(event.data))
-    changed = view if change is None else change(view, event, event.data)
-    views[event.subject] = replace(changed, as_of=event.sequence)
+    views[event.subject] = _FOLDS.get(type(event.data), _seen)(view, event, event.data)
 
 
 def health(view: PluginView, now_ns: int, memory_bytes: int | None = None) -> Health:

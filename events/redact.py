@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
+import msgspec
+
 REDACTED = "[redacted]"
 
 Fields: TypeAlias = MutableMapping[str, Any]
@@ -14,8 +16,24 @@ _SECRET_NAME = re.compile(
     r"(^|[_.-])(token|authorization|password|passwd|passphrase|secret|cookie|api[_-]?key)($|[_.-])", re.IGNORECASE
 )
 _BEARER = re.compile(r"(bearer\s+)[\w.~+/=-]+", re.IGNORECASE)
-_OURS = ("sequence", "time", "level", "event")  # fields that no plugin and no caller has a hand in
+_OURS = ("sequence", "time", "level", "event", "prev")  # fields that no plugin and no caller has a hand in
 _PLAIN = (int, float, bool)
+
+
+def has_secret_name(name: str) -> bool:
+    """Whether a field of this name holds a secret, whatever stands in it."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def suspicion(secrets: Sequence[str]) -> Callable[[bytes], bool]:
+    """A quick look at JSON: False where no string of it can hold one of the secrets or a bearer token."""
+    # Inside JSON a secret stands as JSON writes it.
+    encoded = [msgspec.json.encode(secret)[1:-1] for secret in secrets if secret]
+
+    def suspicious(json: bytes) -> bool:
+        return b"earer" in json.lower() or any(secret in json for secret in encoded)
+
+    return suspicious
 
 
 def redactor(secrets: Sequence[str]) -> Callable[[Any, str, Fields], Fields]:
@@ -39,7 +57,7 @@ def redactor(secrets: Sequence[str]) -> Callable[[Any, str, Fields], Fields]:
         for name, value in fields.items():
             secret = secret_names.get(name)
             if secret is None:
-                secret = secret_names[name] = _SECRET_NAME.search(name) is not None
+                secret = secret_names[name] = has_secret_name(name)
             if secret:
                 fields[name] = REDACTED
             elif value is not None and value.__class__ not in _PLAIN:

@@ -14,28 +14,26 @@ noticed when it is read.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
-import threading
 from collections.abc import Collection, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from events.envelope import Gap
-from events.record import CorruptLog, FileGone, LogUnavailable, Record, explain
+from events.files import SIDE_FILES, identity, move_aside, sync_folder, take_lock
+from events.readers import COLUMNS, Readers
+from events.record import CorruptLog, FileGone, Record, explain
 
 FORMAT = "holdfast-events"
 VERSION = "1"
 QUICK_CHECK_BYTES = 64 * 1024 * 1024
 INSERT_ROWS = 4096  # 4 variables a row; SQLite allows 32 766 in a statement
 REPLAY_ROWS = 4096
-IDLE_READERS = 4
 BUSY_TIMEOUT_S = 1.0
-_SIDE_FILES = ("-wal", "-shm")
+WAL_KEPT_BYTES = 16 * 1024 * 1024  # a `-wal` that grew past it in a burst is cut back once it is written over
 _MAGIC = b"SQLite format 3\x00"
 
 _SCHEMA = (
@@ -45,24 +43,15 @@ _SCHEMA = (
     "CREATE INDEX events_by_type ON events(type)",
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
 )
-_COLUMNS = "sequence, type, subject, json"
-_GAPS = f"SELECT {_COLUMNS} FROM events WHERE type = '{Gap.TYPE}'"  # noqa: S608
+_GAPS = f"SELECT {COLUMNS} FROM events WHERE type = '{Gap.TYPE}'"  # noqa: S608
 
 
-def move_aside(path: Path, label: str) -> Path:
-    """Rename the database and its side files to `<name>.<label>-<UTC time>…`, over nothing that exists.
+class Numbering(msgspec.Struct, frozen=True):
+    """Which numbers are there. Below `complete_from`, retention has let some kinds of events go."""
 
-    Returns the database's new path. Raises OSError.
-    """
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-    target, attempt = path.with_name(f"{path.name}.{label}-{stamp}"), 0
-    while any(Path(f"{target}{end}").exists() for end in ("", *_SIDE_FILES)):
-        attempt += 1
-        target = path.with_name(f"{path.name}.{label}-{stamp}.{attempt}")
-    for end in ("", *_SIDE_FILES):
-        with contextlib.suppress(FileNotFoundError):
-            Path(f"{path}{end}").rename(f"{target}{end}")
-    return target
+    kept_from: int = 1  # no event below is there
+    complete_from: int = 1  # every event from here on is there
+    kept_below: int = 0  # how many events are there below `complete_from`
 
 
 class Store:
@@ -71,13 +60,11 @@ class Store:
     def __init__(self, path: Path) -> None:
         """Open or create the file. Raises CorruptLog, LogUnavailable."""
         self.path = path
-        self._readers: list[sqlite3.Connection] = []
-        self._readers_lock = threading.Lock()
-        self._generation = 0  # counts the files opened at `path`; a reader of an earlier one is not reused
-        self._closed = False
+        self.numbering = Numbering()
+        self._readers = Readers(path)
         self._writer: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
-        self._lock_fd = self._take_lock()
+        self._lock_fd = take_lock(path)
         try:
             self._open()
         except BaseException as exc:
@@ -85,23 +72,6 @@ class Store:
             if isinstance(exc, (sqlite3.Error, OSError, msgspec.MsgspecError)):
                 raise explain(path, exc) from exc
             raise
-
-    def _take_lock(self) -> int:
-        """One engine per log; the kernel drops the lock with the process, `kill -9` included."""
-        name = self.path.with_name(self.path.name + ".lock")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as exc:
-            step = "choose a data folder that this user can write"
-            raise LogUnavailable(self.path, f"its folder cannot be written ({exc.strerror})", step) from exc
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            os.close(fd)
-            step = "stop it, or choose another data folder"
-            raise LogUnavailable(self.path, "another engine has it open", step) from exc
-        return fd
 
     def _open(self) -> None:
         exists = self.path.exists()
@@ -116,18 +86,23 @@ class Store:
         writer = self._writer = sqlite3.connect(
             self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
-        tables = {row[0] for row in self._rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        tables = {row[0] for row in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables:  # before anything is changed: a database of something else stays as it is
             self._check_format(tables)
+        if not tables:
+            # Pages that retention empties can be given back; the choice has to be made before the first table.
+            writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
         writer.execute("PRAGMA journal_mode = WAL")
+        writer.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
         writer.execute("PRAGMA synchronous = FULL")
         if not tables:
             self._create(writer)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
+        self.load_numbering()
         self.unclean = self._check()
         self.put_meta("clean", "0")
-        self._identity = self._identity_at_path()
-        self._forget_readers()
+        self._identity = identity(self.path)
+        self._readers.forget()
 
     def _check_format(self, tables: set[str]) -> None:
         if "meta" not in tables or self.meta("format") != FORMAT:
@@ -148,39 +123,51 @@ class Store:
         """Raises CorruptLog. Returns whether the last engine left without closing the log."""
         unclean = self.meta("clean") != "1"
         if unclean or self.path.stat().st_size <= QUICK_CHECK_BYTES:
-            found = self._rows("PRAGMA quick_check(1)")[0][0]
+            found = self.rows("PRAGMA quick_check(1)")[0][0]
             if found != "ok":
                 raise CorruptLog(self.path, f"damaged: {found}")
             self._check_numbering()
-        elif self.last() and self._rows("SELECT min(sequence) FROM events")[0][0] != self.first:
-            raise CorruptLog(self.path, f"its numbering does not begin at {self.first}")
+        elif self._lowest(from_=(first := self.numbering.complete_from)) not in (None, first):
+            raise CorruptLog(self.path, f"its numbering does not begin at {first}")
         return unclean
 
+    def load_numbering(self) -> None:
+        """Set `numbering` to what the file says. Raises sqlite3.Error."""
+        keys = Numbering.__struct_fields__
+        rows = self.rows(f"SELECT key, value FROM meta WHERE key IN ({','.join('?' * len(keys))})", *keys)  # noqa: S608
+        found = {key: value for key, value in rows if isinstance(value, int)}
+        # A log from before retention knows no `complete_from`.
+        self.numbering = Numbering(**{"complete_from": found.get("kept_from", 1), **found})
+
+    def _lowest(self, *, from_: int = 0) -> int | None:
+        lowest: int | None = self.rows("SELECT min(sequence) FROM events WHERE sequence >= ?", from_)[0][0]
+        return lowest
+
     def _check_numbering(self) -> None:
-        count, low = self._rows("SELECT count(*), min(sequence) FROM events")[0]
+        numbering, first = self.numbering, self.numbering.complete_from
+        below, low = self.rows("SELECT count(*), min(sequence) FROM events WHERE sequence < ?", first)[0]
+        if below != numbering.kept_below or (below and low < numbering.kept_from):
+            why = f"{below} events from {low} on are there below {first}, not {numbering.kept_below}"
+            raise CorruptLog(self.path, f"{why} from {numbering.kept_from} on")
+        count, low = self.rows("SELECT count(*), min(sequence) FROM events WHERE sequence >= ?", first)[0]
         if not count:
             return
-        if low != self.first:
-            raise CorruptLog(self.path, f"its numbering begins at {low}, not at {self.first}")
-        explained = sum(gap.end - gap.sequence for gap in (Record(*row) for row in self._rows(_GAPS)))
-        missing = self.last() - low + 1 - count - explained
+        if low != first:
+            raise CorruptLog(self.path, f"its numbering begins at {low}, not at {first}")
+        gaps = (Record(*row) for row in self.rows(f"{_GAPS} AND sequence >= ?", first))
+        missing = self.last() - low + 1 - count - sum(gap.end - gap.sequence for gap in gaps)
         if missing:
             raise CorruptLog(self.path, f"{missing} numbers are missing and no gap event says why")
 
-    @property
-    def first(self) -> int:
-        """The lowest number kept; above 1 once older events have been let go."""
-        value = self.meta("kept_from")
-        return value if isinstance(value, int) else 1
-
     def last(self) -> int:
-        """The highest number stored, the end of a gap included; 0 in an empty log."""
-        rows = self._rows(f"SELECT {_COLUMNS} FROM events ORDER BY sequence DESC LIMIT 1")  # noqa: S608
-        return Record(*rows[0]).end if rows else 0
+        """The highest number given, the end of a gap included; 0 in an empty log."""
+        rows = self.rows(f"SELECT {COLUMNS} FROM events ORDER BY sequence DESC LIMIT 1")  # noqa: S608
+        stored = Record(*rows[0]).end if rows else 0
+        return max(stored, self.numbering.complete_from - 1)  # retention may have let the very last one go
 
     def meta(self, key: str) -> object:
         """A value kept beside the events, or None."""
-        rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
+        rows = self.rows("SELECT value FROM meta WHERE key = ?", key)
         return rows[0][0] if rows else None
 
     def put_meta(self, key: str, value: str | int | bytes) -> None:
@@ -189,11 +176,7 @@ class Store:
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records in one transaction: all or none, durable on return. Raises sqlite3.Error, OSError."""
-        writer = self._connection()
-        if self._identity_at_path() != self._identity:
-            raise FileGone(f"{self.path} was removed or replaced")
-        writer.execute("BEGIN IMMEDIATE")
-        try:
+        with self.transaction() as writer:
             for start in range(0, len(records), INSERT_ROWS):
                 part = records[start : start + INSERT_ROWS]
                 # One statement: every step of SQLite lets go of the GIL, and under busy threads each
@@ -201,11 +184,30 @@ class Store:
                 values = [value for r in part for value in (r.sequence, r.type, r.subject, r.json)]
                 places = ",".join(["(?,?,?,?)"] * len(part))
                 writer.execute(f"INSERT INTO events VALUES {places}", values)  # noqa: S608
+
+    @contextlib.contextmanager
+    def transaction(self, *, synced: bool = True) -> Iterator[sqlite3.Connection]:
+        """All that is executed inside, or nothing; durable on return, or with the next that is `synced`.
+
+        Raises sqlite3.Error, OSError.
+        """
+        writer = self._connection()
+        if identity(self.path) != self._identity:
+            raise FileGone(f"{self.path} was removed or replaced")
+        writer.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
+        writer.execute("BEGIN IMMEDIATE")
+        try:
+            yield writer
             writer.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 writer.execute("ROLLBACK")
             raise
+
+    def renumber(self, writer: sqlite3.Connection, numbering: Numbering) -> None:
+        """Keep a changed numbering, inside a `transaction`."""
+        rows = [value for row in msgspec.structs.asdict(numbering).items() for value in row]
+        writer.execute("INSERT OR REPLACE INTO meta VALUES (?, ?), (?, ?), (?, ?)", rows)
 
     def read(
         self,
@@ -215,43 +217,28 @@ class Store:
         subjects: Collection[str] | None = None,
         types: Collection[str] | None = None,
     ) -> list[Record]:
-        """Up to `limit` records numbered in (after, until], in order; gaps pass every filter.
-
-        Raises sqlite3.Error.
-        """
-        wanted = ""
-        values: list[str] = []
-        for column, chosen in (("subject", subjects), ("type", types)):
-            if chosen is not None:
-                wanted += f" AND {column} IN ({','.join('?' * len(chosen))})"
-                values += list(chosen)
-        numbered = f"SELECT {_COLUMNS} FROM events WHERE sequence > ? AND sequence <= ?"  # noqa: S608
-        query = numbered
-        parameters: list[str | int] = [after, until]
-        if wanted:
-            gap = f"type = '{Gap.TYPE}'"
-            query = f"{numbered}{wanted} AND NOT {gap} UNION ALL {numbered} AND {gap}"
-            parameters = [after, until, *values, after, until]
-        before = f"SELECT {_COLUMNS} FROM events WHERE sequence < ? ORDER BY sequence DESC LIMIT 1"  # noqa: S608
-        with self._reader() as reader:
-            around = [Record(*row) for row in reader.execute(before, (after,))]
-            rows = reader.execute(f"{query} ORDER BY sequence LIMIT ?", (*parameters, limit)).fetchall()
-        # A gap around `after` itself: its reader has to learn of it.
-        return [*(gap for gap in around if after < gap.end), *(Record(*row) for row in rows)][:limit]
+        """Up to `limit` records numbered in (after, until], in order; see `Readers.read`."""
+        return self._readers.read(after, until, limit, subjects, types)
 
     def replay(self, after: int, until: int) -> Iterator[Record]:
-        """Every record in (after, until]. Raises CorruptLog on a hole, sqlite3.Error."""
-        expected = max(after + 1, self.first)
-        while expected <= until:
-            page = self.read(expected - 1, until, REPLAY_ROWS)
+        """Every record in (after, until] that is kept. Raises CorruptLog on a hole, sqlite3.Error."""
+        position = after
+        while position < until:
+            page = self.read(position, until, REPLAY_ROWS)
             for record in page:
-                around = record.sequence <= after < record.end  # a gap that `after` lies in
-                if record.sequence != expected and not around:
-                    raise CorruptLog(self.path, f"event {expected} is missing")
-                expected = record.end + 1
+                self._expect(position + 1, record.sequence)
+                position = max(position, record.end)
                 yield record
             if not page:
-                raise CorruptLog(self.path, f"event {expected} is missing")
+                self._expect(position + 1, until + 1)
+                return
+
+    def _expect(self, number: int, found: int) -> None:
+        """`found` may follow `number - 1`: what is between was let go."""
+        # Invariant: `complete_from` is past a number before that number is deleted.
+        missing = max(number, self.numbering.complete_from)
+        if found > missing:
+            raise CorruptLog(self.path, f"event {missing} is missing")
 
     def recover(self) -> None:
         """After a failed `append`: make the connection good again, or raise why it cannot be.
@@ -259,7 +246,7 @@ class Store:
         A file that was removed or replaced under us is written anew from the connection that still holds it.
         Raises sqlite3.Error, OSError, CorruptLog.
         """
-        if self._writer is not None and self._identity_at_path() == self._identity:
+        if self._writer is not None and identity(self.path) == self._identity:
             return
         if not self.path.parent.is_dir():
             raise FileGone(f"its folder is gone: {self.path.parent}")
@@ -283,20 +270,19 @@ class Store:
             target.close()
         # Closed before the new file is in place: a closing connection removes `-wal` by name.
         self._close_writer()
-        if any(Path(f"{self.path}{end}").exists() for end in ("", *_SIDE_FILES)):
+        if any(Path(f"{self.path}{end}").exists() for end in ("", *SIDE_FILES)):
             move_aside(self.path, "replaced")
         copy.rename(self.path)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def drop_connection(self) -> None:
         """Let `recover` open the file again: after an I/O error the connection is not trusted."""
-        if self._identity_at_path() == self._identity:
+        if identity(self.path) == self._identity:
             self._close_writer()
 
     def close(self, *, clean: bool) -> None:
         """Let go of everything; `clean` tells the next open that it need not doubt the file."""
-        self._closed = True
-        self._forget_readers()
+        self._readers.close()
         if (writer := self._writer) is not None:
             with contextlib.suppress(sqlite3.Error):
                 if clean:
@@ -317,50 +303,10 @@ class Store:
             raise sqlite3.OperationalError("the log's file is not open")
         return self._writer
 
-    def _identity_at_path(self) -> tuple[int, int] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
-
-    def _forget_readers(self) -> None:
-        with self._readers_lock:
-            self._generation += 1
-            readers, self._readers = self._readers, []
-        for reader in readers:
-            reader.close()
-
-    def _rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
+    def rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """What a query of the writer's own gives. Raises sqlite3.Error."""
         return self._connection().execute(query, parameters).fetchall()
 
-    @contextlib.contextmanager
-    def _reader(self) -> Iterator[sqlite3.Connection]:
-        """A connection of the calling thread's own. Read-only ones do not remove `-wal` when they close."""
-        with self._readers_lock:
-            generation = self._generation
-            reader = self._readers.pop() if self._readers else None
-        if reader is None:
-            uri = f"{self.path.absolute().as_uri()}?mode=ro"
-            reader = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-        healthy = False
-        try:
-            yield reader
-            healthy = True
-        finally:
-            with self._readers_lock:
-                current = not self._closed and generation == self._generation
-                keep = healthy and current and len(self._readers) < IDLE_READERS
-                if keep:
-                    self._readers.append(reader)
-            if not keep:
-                reader.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a created or renamed entry survive lost power."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    def run_script(self, statements: str) -> None:
+        """Run them to their end; `rows` stops `PRAGMA incremental_vacuum` after one page. Raises sqlite3.Error."""
+        self._connection().executescript(statements)

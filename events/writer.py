@@ -18,8 +18,10 @@ import structlog
 
 from events.backlog import Backlog
 from events.envelope import CallFinished, CallProgress, Event, Gap, encode
-from events.projections import HealthProjection, PluginView
+from events.projections import HealthProjection
 from events.record import CorruptLog, LogUnavailable, Record, explain
+from events.retention import Retention
+from events.snapshot import Snapshot, save_snapshot
 from events.store import Store
 
 BATCH_EVENTS = 4096  # in one transaction
@@ -37,27 +39,6 @@ class Batch(msgspec.Struct, frozen=True):
     records: list[Record]
 
 
-class Snapshot(msgspec.Struct, frozen=True):
-    """The views after event `sequence`, so that a start need not replay what came before."""
-
-    sequence: int
-    views: dict[str, PluginView]
-
-
-_snapshot_decoder = msgspec.msgpack.Decoder(Snapshot)
-
-
-def load_snapshot(store: Store, durable: int) -> Snapshot:
-    """The snapshot kept in the log. Raises msgspec.MsgspecError, ValueError: it cannot be used."""
-    stored = store.meta("snapshot")
-    if stored is None:
-        return Snapshot(0, {})
-    snapshot = _snapshot_decoder.decode(stored if isinstance(stored, bytes) else b"")
-    if snapshot.sequence > durable:
-        raise ValueError(f"it is of event {snapshot.sequence}, the log ends at {durable}")
-    return snapshot
-
-
 class Writer:
     """Takes from the backlog, writes, and hands each durable batch to `on_durable`. Runs until closed."""
 
@@ -68,17 +49,24 @@ class Writer:
         *,
         source: str,
         durable: int,
+        snapshot: int,
         projection: HealthProjection,
+        retain_events: int | None,
+        retain_days: float | None,
         on_durable: Callable[[Batch], None],
         note_fault: Callable[[str, Exception], None],
     ) -> None:
         self._store = store
         self._backlog = backlog
         self._source = source
-        self._durable = self._snapshot_at = durable
+        self._durable = durable
+        self._snapshot_at = snapshot  # the number that the kept snapshot is of
         self._projection = projection  # of what is durable, for the snapshots
         self._on_durable = on_durable
         self._note_fault = note_fault
+        self._retention = Retention(
+            store, events=retain_events, days=retain_days, save_snapshot=self._save_snapshot, note_fault=note_fault
+        )
         self._deadline = math.inf
         self._thread = threading.Thread(target=self._run, name="holdfast-log", daemon=True)
 
@@ -115,16 +103,22 @@ class Writer:
         return self._store.path
 
     def _write_all(self) -> bool:
-        while events := self._backlog.take(BATCH_EVENTS):
-            batch = self._encode(events)
-            for event in batch.events:
-                self._projection.apply(event)
-            if not self._write(batch.records):
+        while (events := self._backlog.take(BATCH_EVENTS, self._retention.pause_s)) != []:
+            if events is not None and not self._write_batch(self._encode(events)):
                 return False
-            self._durable = batch.records[-1].end
-            self._on_durable(batch)
-            if self._durable - self._snapshot_at >= SNAPSHOT_EVERY:
-                self._save_snapshot()
+            self._retention.turn(self._durable, self._snapshot_at, len(events or ()))
+        return True
+
+    def _write_batch(self, batch: Batch) -> bool:
+        """Fold it, make it durable, hand it on. False: the closing deadline came first."""
+        for event in batch.events:
+            self._projection.apply(event)
+        if not self._write(batch.records):
+            return False
+        self._durable = batch.records[-1].end
+        self._on_durable(batch)
+        if self._durable - self._snapshot_at >= SNAPSHOT_EVERY:
+            self._save_snapshot()
         return True
 
     def _encode(self, events: list[Event]) -> Batch:
@@ -171,6 +165,7 @@ class Writer:
         """
         last = self._store.last()
         if last < self._durable:
+            self._snapshot_at = -SNAPSHOT_EVERY  # it was in the file; the next batch brings a new one
             lost = Gap(last + 1, self._durable, "the log's file was lost while it was open")
             gap = Event(lost.first, time.time_ns(), None, lost)
             return [Record(gap.sequence, gap.type, None, encode(gap, self._source)), *records]
@@ -197,13 +192,14 @@ class Writer:
                 self._backlog.changed.wait(min(RETRY_FIRST_S, left_s))
         return left_s > 0
 
-    def _save_snapshot(self) -> None:
-        snapshot = Snapshot(self._durable, self._projection.snapshot())
-        self._snapshot_at = self._durable
+    def _save_snapshot(self) -> int:
+        """Keep one of all that is durable; returns the number that the kept one is of."""
         try:
-            self._store.put_meta("snapshot", msgspec.msgpack.encode(snapshot))
+            save_snapshot(self._store, Snapshot(self._durable, self._projection.snapshot()))
+            self._snapshot_at = self._durable
         except (sqlite3.Error, ValueError) as exc:  # a start only replays more
             self._note_fault("snapshot", exc)
+        return self._snapshot_at
 
 
 def _check_finite(event: Event) -> None:

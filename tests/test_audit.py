@@ -12,12 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import events.audit
 from events.audit import AuditLog, verify
 from events.bus import EventBus
 from events.envelope import (
+    DATA_TYPES,
     CallFinished,
     CallStarted,
     EngineStopping,
@@ -25,11 +27,12 @@ from events.envelope import (
     Gap,
     PluginFacts,
     PluginLog,
+    Restarted,
     Transition,
 )
 from events.log import EventLog
 from events.projections import HealthProjection
-from events.redact import redactor
+from events.redact import has_secret_name, redactor
 
 LONG_S = 20.0
 TOKEN = 'tok-4f9a"quoted\\and more'
@@ -38,9 +41,9 @@ TOKEN = 'tok-4f9a"quoted\\and more'
 class Rig:
     """A bus, a log and an audit, as the engine puts them together."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, retain_events: int | None = None) -> None:
         self.path = folder / "audit.jsonl"
-        self.log = EventLog.open(folder / "events.db", source="test")
+        self.log = EventLog.open(folder / "events.db", source="test", retain_events=retain_events)
         self.bus = EventBus(HealthProjection(self.log.load()[0]), last=self.log.last)
         self.bus.subscribe(self.log)
         self.audit = AuditLog.open(self.path, redact=[TOKEN, ""])
@@ -154,6 +157,32 @@ def test_fields_that_only_sound_like_secrets_are_kept(name: str) -> None:
     assert redactor([])(None, "info", {"data": {name: "x"}}) == {"data": {name: "x"}}
 
 
+def test_a_secret_as_json_writes_it_is_found_and_one_in_the_chain_does_not_break_it(tmp_path: Path) -> None:
+    """Lines are searched as JSON, and only what looks suspicious is taken apart."""
+    for secret in ('a"b\\c', "größe\n", "0"):
+        folder = tmp_path / f"{len(secret)}-{ord(secret[0])}"
+        log = EventLog.open(folder / "events.db", source="test")
+        audit = AuditLog.open(folder / "audit.jsonl", redact=[secret])
+        audit.attach(log)
+        bus = EventBus(HealthProjection())
+        bus.subscribe(log)
+        for _ in range(3):
+            bus.publish(PluginLog("output", "info", f"<{secret}>"), "ocr")
+        log.close()
+        audit.close()
+        lines = [json.loads(line) for line in audit.path.read_text().splitlines()]
+        assert [line["data"]["message"] for line in lines] == ["<[redacted]>"] * 3
+        assert verify(audit.path, last=3).ok
+
+
+def test_no_field_of_an_event_has_the_name_of_a_secret() -> None:
+    """Field names are ours, so the audit does not look at them in every line."""
+    for kind in (*DATA_TYPES.values(), PluginFacts):
+        assert not [
+            field.encode_name for field in msgspec.structs.fields(kind) if has_secret_name(field.encode_name)
+        ]
+
+
 # Surviving
 
 
@@ -252,6 +281,28 @@ def test_a_log_that_was_replaced_is_noted_and_audited_from_its_first_event(tmp_p
     assert (lines[5]["event"], lines[5]["had"], lines[5]["after"]) == ("audit.log_replaced", 5, 0)
     assert numbers(lines) == [1, 2, 3, 4, 5, 1, 2]
     assert verify(rig.path, last=2).ok
+
+
+def test_where_the_log_has_let_events_go_a_note_stands_for_each_hole(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    for _ in range(3):
+        rig.publish(Restarted(1), *[CallStarted("read", "r")] * 9)
+    rig.close()
+    rig.path.unlink()
+    rig = Rig(tmp_path, retain_events=5)
+    while rig.log.first == 1:
+        rig.publish(Restarted(1))
+    rig.close()
+    rig.path.unlink()
+    rig = Rig(tmp_path)
+    lines = rig.lines()
+    notes = [(line["after"], line["had"]) for line in lines if line["event"] == "audit.events_not_kept"]
+    assert notes[:2] == [(10, 1), (20, 11)]
+    assert set(range(rig.log.first, rig.log.durable + 1)) | {1, 11, 21} == set(numbers(lines))
+    assert verify(rig.path, last=rig.log.durable).ok
+    rig.calls(2)
+    assert verify(rig.path, last=rig.log.durable).ok
+    rig.close()
 
 
 def test_a_failed_write_is_counted_and_caught_up_and_the_log_goes_on(

@@ -1,14 +1,32 @@
-"""The event bus: numbers, order, and subscribers that misbehave."""
+"""The event bus: numbers, order, subscribers that misbehave, clocks, texts; and the page about events."""
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 
+import msgspec
 import pytest
 
+from events.bounds import TEXT_CHARS
 from events.bus import EventBus
-from events.envelope import CallStarted, EngineStopping, Event, decode, encode
-from events.projections import HealthProjection
+from events.envelope import (
+    DATA_TYPES,
+    EVENT_TYPES,
+    CallFinished,
+    CallStarted,
+    CloudEvent,
+    EngineStopping,
+    Event,
+    PluginFacts,
+    PluginLog,
+    Transition,
+    decode,
+    encode,
+)
+from events.projections import HealthProjection, health
+from events.retention import LET_GO
 
 
 class Collector:
@@ -88,3 +106,80 @@ def test_an_event_read_back_is_the_event_that_was_published_to_the_last_digit_of
     bus = EventBus(HealthProjection(), clock=lambda: time_ns)
     event = bus.publish(EngineStopping())
     assert decode(encode(event, "test")) == event
+
+
+# Clocks
+
+
+def test_a_clock_that_is_set_back_changes_times_and_nothing_else() -> None:
+    clock = iter([2_000_000_000_000_000_000, 5_000, -1_500_000_000, 2_000_000_000_000_001_000])
+    bus, collector = EventBus(HealthProjection(), clock=lambda: next(clock)), Collector()
+    bus.subscribe(collector)
+    bus.publish(Transition("LOADED", "INITIALIZED", "initialize", 1), "ocr")
+    for _ in range(3):
+        bus.publish(CallStarted("t", "r"), "ocr")
+    assert [event.sequence for event in collector.events] == [1, 2, 3, 4]
+    assert [event.time for event in collector.events] == [
+        "2033-05-18T03:33:20.000000Z",
+        "1970-01-01T00:00:00.000005Z",
+        "1969-12-31T23:59:58.500000Z",
+        "2033-05-18T03:33:20.000001Z",
+    ]
+    assert [decode(encode(event, "test")) for event in collector.events] == collector.events
+    [view] = bus.projection.views()
+    assert view.as_of == 4
+    assert health(view, now_ns=0).uptime_seconds == 0
+
+
+# Texts
+
+
+def test_a_text_that_is_too_long_is_cut_before_anything_sees_it_and_says_how_long_it_was() -> None:
+    bus, collector = EventBus(HealthProjection()), Collector()
+    bus.subscribe(collector)
+    bus.publish(Transition("RUNNING", "FAILED", "fail", 1, "tool_exception", "x" * 10_000_000), "ocr")
+    [event] = collector.events
+    assert isinstance(event.data, Transition)
+    assert event.data.reason is not None
+    assert len(event.data.reason) == TEXT_CHARS
+    assert event.data.reason.endswith("x… (10000000 characters)")
+    assert bus.projection.snapshot()["ocr"].reason == event.data.reason
+
+
+def test_what_utf_8_does_not_have_is_written_out_wherever_it_stands() -> None:
+    bus = EventBus(HealthProjection())
+    facts = PluginFacts("1\ud800", "zwölf\udc80", tools=("read\udfff", "größe"))
+    for data in (
+        PluginLog("output", "info", "bad \ud800 and größer"),
+        Transition(None, "LOADED", None, 1, plugin=facts),
+        CallFinished("t", "r", False, 1.0, "Erro\udcffr"),
+    ):
+        event = bus.publish(data, "ocr")
+        assert decode(encode(event, "test")) == event
+    assert bus.projection.snapshot()["ocr"].facts == PluginFacts(
+        "1\\ud800", "zwölf\\udc80", tools=("read\\udfff", "größe")
+    )
+
+
+def test_texts_that_fit_are_passed_on_as_they_are() -> None:
+    data = CallFinished("t", "r", False, 1.0, "ValueError", "rejected")
+    assert EventBus(HealthProjection()).publish(data, "ocr").data is data
+
+
+# The page
+
+
+def test_every_type_and_field_of_events_is_on_the_page() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "events.md").read_text()
+    sections = {part.split("`")[1]: part for part in page.split("\n### ")[1:]}
+    assert sorted(sections) == sorted(EVENT_TYPES)
+    for name, kind in DATA_TYPES.items():
+        fields = [field.encode_name for field in msgspec.structs.fields(kind)]
+        assert re.findall(r"^\| `(\w+)` \|", sections[name].split("\n## ")[0], re.MULTILINE) == fields, name
+    envelope = page.split("\n## ")[1]
+    assert re.findall(r"^\| `(\w+)` \|", envelope, re.MULTILINE) == list(CloudEvent.__struct_fields__)
+    assert str(TEXT_CHARS) in page
+    for field in PluginFacts.__struct_fields__:
+        assert f"`{field}`" in sections["plugin.transition"]
+    retention = page.split("\n## Retention")[1]
+    assert all(f"`{name}`" in retention for name in LET_GO)

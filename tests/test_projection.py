@@ -29,7 +29,7 @@ from events.envelope import (
     encode,
 )
 from events.projections import HealthProjection, PluginView, fold, fold_all, health
-from events.writer import Snapshot
+from events.snapshot import Snapshot
 
 PLUGINS = ("ocr", "motion_tracker", "yolo")
 LEGAL = {
