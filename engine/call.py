@@ -7,6 +7,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+import structlog
+
+from engine.errors import StreamStalled
 from engine.lifecycle.states import Trigger
 from engine.outcome import CallFailed, Completed, Outcome
 from engine.registry import Incarnation
@@ -14,6 +17,8 @@ from engine.sandbox.channel import Channel
 from engine.sandbox.wire import Encoded
 from events.bus import EventBus
 from events.envelope import CallFinished, CallProgress, CallStarted
+
+log = structlog.get_logger(__name__)
 
 OnProgress: TypeAlias = Callable[[float, float], None]
 
@@ -50,6 +55,7 @@ class Stream:
 
     Raises (from iterating):
         CallFailed: after the items that came, where the outcome is not `Completed`.
+        StreamStalled: the consumer came back after it had counted as gone; items are missing.
     """
 
     def __init__(self, max_items: int, stall_s: float) -> None:
@@ -61,16 +67,22 @@ class Stream:
         self._bytes = 0
         self._wake = asyncio.Event()
         self._gone = False
+        self._stalled = False
         self._channel: Channel | None = None  # paused, iff not None
         self._held_since_s = 0.0
         self._held_s = 0.0
         self._stall: asyncio.TimerHandle | None = None
+        self._ended = asyncio.Event()
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> Any:
         while not self._items:
+            if self._stalled:
+                raise StreamStalled(
+                    f"nothing was taken for {self._stall_s:g} s, so items were dropped; call again"
+                )
             if self.outcome is not None:
                 if isinstance(self.outcome, Completed):
                     raise StopAsyncIteration
@@ -79,13 +91,20 @@ class Stream:
             await self._wake.wait()
         value, size_bytes = self._items.popleft()
         self._bytes -= size_bytes
-        if self._channel is not None and not self._is_full(half=True):
-            self._release()
+        if self._channel is not None:
+            if self._is_full(half=True):
+                self._watch_for_stall()
+            else:
+                self._release()
         return value
 
     async def aclose(self) -> None:
         """Take nothing more; the call goes on."""
         self._abandon()
+
+    async def ended(self) -> None:
+        """Returns once the call has ended, for whoever does not iterate to its end."""
+        await self._ended.wait()
 
     def finish(self, outcome: Outcome) -> None:
         """No more items."""
@@ -93,6 +112,7 @@ class Stream:
         if self._channel is not None:
             self._release()
         self._wake.set()
+        self._ended.set()
 
     def item(self, value: Any, size_bytes: int, channel: Channel) -> None:
         """Keep one item for the consumer."""
@@ -105,7 +125,7 @@ class Stream:
             self._channel = channel
             channel.pause()
             self._held_since_s = self._loop.time()
-            self._stall = self._loop.call_later(self._stall_s, self._abandon)
+            self._watch_for_stall()
 
     def take_held_s(self) -> float:
         """Seconds for which the consumer held the worker up since this was last asked."""
@@ -127,6 +147,17 @@ class Stream:
         if channel is not None:
             self._held_s += self._loop.time() - self._held_since_s
             channel.resume()
+
+    def _watch_for_stall(self) -> None:
+        """From now on: every item that is taken shows that the consumer is there."""
+        if self._stall is not None:
+            self._stall.cancel()
+        self._stall = self._loop.call_later(self._stall_s, self._give_up)
+
+    def _give_up(self) -> None:
+        self._stalled = True
+        self._abandon()
+        self._wake.set()
 
     def _abandon(self) -> None:
         self._gone = True
@@ -174,7 +205,12 @@ class Call:
         """The tool said how far it is."""
         self._bus.publish(CallProgress(self._tool, self._request_id, done, total), self._incarnation.name)
         if self._on_progress is not None:
-            self._on_progress(done, total)
+            try:
+                self._on_progress(done, total)
+            except Exception as exc:  # the caller's own code: its trouble must not look like the worker's
+                error = f"{type(exc).__name__}: {exc}"
+                log.warning("on_progress_failed", plugin=self._incarnation.name, tool=self._tool, error=error)
+                self._on_progress = None
 
     def finished(self, outcome: Outcome, *, broke: bool) -> None:
         """The call is over."""

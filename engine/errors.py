@@ -15,6 +15,7 @@ class ReasonCode(StrEnum):
     """Why a plugin is not in service, or a call was not answered. The same cause, the same code."""
 
     # Something it needs is missing: UNAVAILABLE.
+    SANDBOX_UNSUPPORTED = "sandbox_unsupported"
     GPU_ABSENT = "gpu_absent"
     GPU_DRIVER = "gpu_driver"
     TORCH_CPU_BUILD = "torch_cpu_build"
@@ -71,6 +72,10 @@ class IllegalTransition(HoldfastError):
 
 class UnknownPlugin(HoldfastError):
     """No plugin of that name is registered."""
+
+
+class StreamStalled(HoldfastError):
+    """Raised by a stream whose consumer came back after the stream had given it up: items are missing."""
 
 
 class SetupError(HoldfastError):

@@ -84,7 +84,6 @@ class ToolRunner:
         try:
             outcome = await self._admitted(request)
         except Exception as exc:  # the engine's own fault: named, counted, and the caller is told
-            log.exception("engine_fault", plugin=request.plugin, tool=request.tool, request_id=request.request_id)
             self._on_fault("runner", exc)
             text = f"the engine itself failed on this call ({type(exc).__name__}); see its log, call again"
             outcome = _refused(request, ReasonCode.ENGINE_FAULT, "EngineFault", text)
@@ -110,8 +109,9 @@ class ToolRunner:
             text = f"`{request.plugin}` is busy and {pool.waiting} calls wait already; call again later"
             return _refused(request, ReasonCode.QUEUE_FULL, "QueueFull", text, state)
         except PoolClosed as exc:
-            if exc.cause.reason_code is ReasonCode.RESTARTED:
-                return _refused(request, ReasonCode.RESTARTED, "Restarted", exc.cause.reason, state)
+            if exc.cause.reason_code in (ReasonCode.RESTARTED, ReasonCode.ENGINE_STOPPING):
+                kind = exc.cause.reason_code.value.title().replace("_", "")
+                return _refused(request, exc.cause.reason_code, kind, exc.cause.reason, state)
             return _not_in_service(request, incarnation)
         try:
             return await self._call(request, incarnation, worker, manifest.timeout_s(request.tool))
@@ -164,9 +164,11 @@ class ToolRunner:
                             request, ReasonCode.RESULT_TOO_LARGE, "ResultTooLarge", text, state, duration_ms
                         )
                 return Completed(value=value, duration_ms=duration_ms, request_id=request.request_id)
-            case Rejected(error_type=kind, message=text):
-                return _refused(request, ReasonCode.BAD_INPUT, kind, text, state, duration_ms)
+            case Rejected(error_type=kind, message=text, reason_code=code):
+                return _refused(request, code, kind, text, state, duration_ms)
             case Broken(cause=Cause(reason_code=ReasonCode.RESTARTED, reason=text)):
+                if incarnation.status.cause is not None:  # another worker of the plugin broke
+                    return _not_in_service(request, incarnation, duration_ms)
                 return _refused(request, ReasonCode.RESTARTED, "Restarted", text, state, duration_ms)
             case Broken(cause=Cause(reason_code=code, reason=text), error_type=kind):
                 return Broke(
@@ -197,11 +199,11 @@ def _refused(
     )
 
 
-def _not_in_service(request: Request, incarnation: Incarnation) -> Refused:
+def _not_in_service(request: Request, incarnation: Incarnation, duration_ms: float = 0.0) -> Refused:
     """With the plugin's own reason: the caller should learn what its operator would."""
     status = incarnation.status
     if status.cause is None:
         text = f"`{request.plugin}` is {status.state.value}, not in service yet; call again in a moment"
         return _refused(request, ReasonCode.NOT_IN_SERVICE, "NotInService", text, status.state)
     text = f"`{request.plugin}` is {status.state.value}: {status.cause.reason}"
-    return _refused(request, status.cause.reason_code, "NotInService", text, status.state)
+    return _refused(request, status.cause.reason_code, "NotInService", text, status.state, duration_ms)

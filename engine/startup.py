@@ -14,6 +14,7 @@ from msgspec import msgpack
 from engine.errors import Cause, ReasonCode
 from engine.lifecycle.states import Trigger
 from engine.loader.checks import check
+from engine.loader.containment import resolve_sandbox
 from engine.loader.findings import combine
 from engine.loader.gpu import GpuCheck
 from engine.loader.manifest import Manifest
@@ -134,16 +135,18 @@ class Starter:
             incarnation.leave_service(Trigger.BECOME_UNAVAILABLE, combine(incarnation.findings))
             return
         models = await asyncio.to_thread(resolve_models, manifest, folder)
+        uploads = self._spawner.scratch_root / "uploads"
+        sandbox = await asyncio.to_thread(resolve_sandbox, manifest, folder, uploads)
         observer = _Observer(incarnation, self._bus, self._fail)
         starts = [
-            self._start_worker(self._spec(incarnation, manifest, models), observer)
+            self._start_worker(self._spec(incarnation, manifest, models, sandbox), observer)
             for _ in range(manifest.limits.workers)
         ]
         workers, failures = await _gather(starts)
         if failures:
             await asyncio.gather(*(_end(worker) for worker in workers))
             cause = failures[0].cause
-            missing = cause.reason_code is ReasonCode.PACKAGE_MISSING
+            missing = cause.reason_code in (ReasonCode.PACKAGE_MISSING, ReasonCode.SANDBOX_UNSUPPORTED)
             incarnation.leave_service(Trigger.BECOME_UNAVAILABLE if missing else Trigger.FAIL, cause)
             return
         incarnation.tools = workers[0].tools
@@ -158,7 +161,9 @@ class Starter:
         scratch = Path(spec.start.scratch)
         return await Worker.start(spec, self._spawner, observer, self._watch, scratch)
 
-    def _spec(self, incarnation: Incarnation, manifest: Manifest, models: dict[str, Path]) -> WorkerSpec:
+    def _spec(
+        self, incarnation: Incarnation, manifest: Manifest, models: dict[str, Path], sandbox: wire.Sandbox
+    ) -> WorkerSpec:
         self._scratches += 1
         scratch = self._spawner.scratch_root / f"{incarnation.name}-{self._scratches}"
         start = wire.Start(
@@ -171,12 +176,14 @@ class Starter:
             tools={name: tool.rejects for name, tool in manifest.tools.items()},
             memory_bytes=manifest.limits.memory_mib * _MIB,
             max_result_bytes=self._settings.max_result_bytes,
+            sandbox=sandbox,
         )
         return WorkerSpec(
             start=start,
             incarnation=incarnation.status.incarnation,
             start_timeout_s=manifest.limits.start_timeout_s,
-            arena_bytes=self._settings.arena_bytes,
+            # What a caller sends must not bring a plugin over its limit: there may be a view and a copy of it.
+            arena_bytes=min(self._settings.arena_bytes, manifest.limits.memory_mib * _MIB // 4),
             log_lines_per_s=self._settings.log_lines_per_s,
             stop_grace_s=self._settings.stop_grace_s,
         )

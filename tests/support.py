@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import textwrap
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from engine import Engine, Settings
-from engine.sandbox import proc
 from events.envelope import Event
 
 HONEST = """
@@ -94,17 +93,8 @@ async def until(condition: Any, timeout_s: float = 20.0) -> None:
 
 
 def descendants(pid: int | None = None) -> set[int]:
-    """Every process below this one."""
-    table = proc.parents()
-    me = os.getpid() if pid is None else pid
-    found: set[int] = set()
-    for candidate in table:
-        at = candidate
-        while at in table and at != me:
-            at = table[at]
-        if at == me and candidate != me:
-            found.add(candidate)
-    return found
+    """Every process below this one, zombies too."""
+    return {child.pid for child in psutil.Process(pid).children(recursive=True)}
 
 
 def open_descriptors() -> set[str]:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import HoldfastError
-from engine.loader.manifest import Limits, Manifest, ManifestInvalid, Package, Tool, read_manifest
+from engine.loader.manifest import Limits, Manifest, ManifestInvalid, Package, Sandbox, Tool, read_manifest
 from engine.loader.toml_lines import MAX_DEPTH, KeyPath, TooDeep, key_lines
 
 WHOLE = """\
@@ -44,6 +44,12 @@ timeout_s = 900
 rejects = ["ValueError", "cv2.error"]
 
 [tools.detect]
+
+[sandbox]
+network = false
+filesystem = "listed"
+read = ["/srv/images", "${DATA}/labels.txt"]
+write = ["out"]
 """
 
 MINIMAL = 'name = "p"\nversion = "1"\nentry = "plugin:P"\n[tools.run]\n'
@@ -80,6 +86,9 @@ def test_every_key_of_the_design_is_read(folder: Path) -> None:
         models={"detector": "models/detector.pt2", "other": "${MODELS}/other.onnx"},
         settings={"anything": [1, {"deep": 2.5}]},
         limits=Limits(timeout_s=30.0, memory_mib=2048, workers=2, queue=0),
+        sandbox=Sandbox(
+            network=False, filesystem="listed", read=("/srv/images", "${DATA}/labels.txt"), write=("out",)
+        ),
         tools={
             "track": Tool(
                 description="Track moving objects through a video.",
@@ -93,9 +102,35 @@ def test_every_key_of_the_design_is_read(folder: Path) -> None:
     assert manifest.timeout_s("detect") == 30.0
 
 
+@pytest.mark.contract(6)
 def test_the_defaults_are_60_s_and_1_gib(folder: Path) -> None:
     limits = read(folder, MINIMAL).limits
     assert (limits.timeout_s, limits.start_timeout_s, limits.memory_mib) == (60.0, 60.0, 1024)
+
+
+def test_network_and_files_are_open_unless_a_sandbox_says_otherwise(folder: Path) -> None:
+    assert read(folder, MINIMAL).sandbox == Sandbox(network=True, filesystem="open", read=(), write=())
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "words"),
+    [
+        ("netwrok = false", "sandbox.netwrok", "did you mean `network`?"),
+        ("network = 0", "sandbox.network", "must be true or false"),
+        ('filesystem = "scratch"', "sandbox.filesystem", "write one of open, read-only, listed"),
+        ('read = ["/srv"]', "sandbox.read", 'write filesystem = "listed"'),
+        ('filesystem = "read-only"\nread = ["/srv"]', "sandbox.read", 'write filesystem = "listed"'),
+        ('write = ["/srv"]', "sandbox.write", 'write filesystem = "read-only" or "listed"'),
+        ('filesystem = "listed"\nread = "/srv"', "sandbox.read", "must be an array"),
+        ('filesystem = "listed"\nread = ["../x"]', "sandbox.read[0]", "leaves the plugin's folder"),
+        ('filesystem = "listed"\nwrite = ["a", "~/x"]', "sandbox.write[1]", "~ is not expanded"),
+        ('filesystem = "listed"\nwrite = [""]', "sandbox.write[0]", "is empty"),
+    ],
+)
+def test_a_sandbox_that_would_mislead_is_refused(folder: Path, lines: str, key: str, words: str) -> None:
+    reason = refusal(folder, f"{MINIMAL}[sandbox]\n{lines}\n").reason
+    assert f"`{key}`" in reason
+    assert words in reason
 
 
 def test_packages_have_one_form_whether_written_as_text_or_table(folder: Path) -> None:

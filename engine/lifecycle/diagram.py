@@ -57,4 +57,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")  # noqa: T201 - its output is the page
+    print(page(), end="")

@@ -8,6 +8,7 @@ from pathlib import Path
 from msgspec import structs
 
 from engine.errors import ReasonCode
+from engine.loader.containment import check_sandbox
 from engine.loader.dependencies import check_packages
 from engine.loader.findings import Finding, in_order
 from engine.loader.gpu import GpuCheck
@@ -21,6 +22,7 @@ async def check(manifest: Manifest, folder: Path, gpu: GpuCheck, *, refresh_gpu:
     The GPU is looked at only for a plugin that requires one. Files are read in a thread.
     """
     findings = await gpu.findings(refresh=refresh_gpu) if manifest.requires_gpu else []
+    findings += await asyncio.to_thread(check_sandbox, manifest, folder)
     findings += await asyncio.to_thread(check_packages, manifest, folder)
     findings += await asyncio.to_thread(check_models, manifest, folder)
     return in_order(_torch_once(findings))

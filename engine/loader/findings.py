@@ -9,9 +9,9 @@ import msgspec
 
 from engine.errors import Cause, ReasonCode
 
-Check = Literal["gpu", "packages", "models"]
+Check = Literal["sandbox", "gpu", "packages", "models"]
 
-_ORDER: tuple[Check, ...] = ("gpu", "packages", "models")
+_ORDER: tuple[Check, ...] = ("sandbox", "gpu", "packages", "models")
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -27,7 +27,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def in_order(findings: Sequence[Finding]) -> list[Finding]:
-    """GPU first, then packages, then models: nobody should install gigabytes to learn next that the
+    """Sandbox and GPU first, then packages, then models: nobody should install gigabytes to learn next that the
     machine has no GPU. Within one check the order stays."""
     return sorted(findings, key=lambda finding: _ORDER.index(finding.check))
 

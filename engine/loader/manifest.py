@@ -14,7 +14,7 @@ from engine.loader import manifest_values as values
 from engine.loader.toml_lines import KeyPath
 from engine.loader.toml_source import ManifestInvalid, TomlSource, nearest, shown
 
-__all__ = ["MANIFEST_FILE", "Limits", "Manifest", "ManifestInvalid", "Package", "Tool", "read_manifest"]
+__all__ = ["MANIFEST_FILE", "Limits", "Manifest", "ManifestInvalid", "Package", "Sandbox", "Tool", "read_manifest"]
 
 MANIFEST_FILE = "plugin.toml"
 
@@ -37,6 +37,15 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queue: int = 64  # calls waiting beyond that are refused
 
 
+class Sandbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the plugin gives up beyond what no plugin has; see docs/sandbox.md."""
+
+    network: bool = True  # false: no socket but Unix ones
+    filesystem: str = "open"  # "read-only": writes to its scratch folder only; "listed": nor reads but its own
+    read: tuple[str, ...] = ()  # with "listed": files and folders to be read beside those
+    write: tuple[str, ...] = ()  # with "read-only" and "listed": to be read and written
+
+
 class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One entry under `[tools]`."""
 
@@ -57,6 +66,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: dict[str, str] = {}
     settings: dict[str, Any] = {}
     limits: Limits = Limits()
+    sandbox: Sandbox = Sandbox()
     tools: dict[str, Tool] = {}
 
     def timeout_s(self, tool: str) -> float:
@@ -80,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises `ManifestInvalid`, and nothing else, for any content of the folder whatever.
     """
     source = TomlSource(folder / MANIFEST_FILE)
-    top = _table(source, (), source.data, Manifest, apart=("packages", "models", "limits", "tools"))
+    top = _table(source, (), source.data, Manifest, apart=("packages", "models", "limits", "sandbox", "tools"))
     for key, problem in (
         ("name", values.name_problem(top["name"])),
         ("version", values.version_problem(top["version"])),
@@ -92,6 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(
         **top,
         limits=_limits(source),
+        sandbox=_sandbox(source),
         packages=_packages(source),
         models=_models(source),
         tools=_tools(source),
@@ -104,6 +115,19 @@ def _limits(source: TomlSource) -> Limits:
         if problem := values.limit_problem(key, value):
             source.fail(("limits", key), problem)
     return Limits(**given)
+
+
+def _sandbox(source: TomlSource) -> Sandbox:
+    sandbox = Sandbox(**_table(source, ("sandbox",), source.data.get("sandbox", {}), Sandbox))
+    if problem := values.filesystem_problem(sandbox.filesystem):
+        source.fail(("sandbox", "filesystem"), problem)
+    for key, paths in (("read", sandbox.read), ("write", sandbox.write)):
+        if paths and (problem := values.grant_problem(key, sandbox.filesystem)):
+            source.fail(("sandbox", key), problem)
+        for position, path in enumerate(paths):
+            if problem := values.path_problem(path, "/srv/images"):
+                source.fail(("sandbox", key, position), problem)
+    return sandbox
 
 
 def _packages(source: TomlSource) -> tuple[str | Package, ...]:

@@ -36,6 +36,8 @@ _RANGES = {
 }
 """Lowest, highest and unit of each limit; a timeout must be above its lowest."""
 
+FILESYSTEMS = ("open", "read-only", "listed")
+
 _TEXT_LIMIT = 500  # characters of a one-line value: bounds parsing of requirements and every message
 _TOOL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -166,15 +168,35 @@ def model_problem(name: str, file: str) -> str | None:
     A relative path that climbs out of the folder is the manifest's own fault, whatever is installed, and
     refused here; one that only its variables lead out of the folder is refused when they are known.
     """
-    if problem := _line_problem(name, "detector") or _line_problem(file, "models/detector.pt2"):
+    return _line_problem(name, "detector") or path_problem(file, "models/detector.pt2")
+
+
+def path_problem(file: str, example: str) -> str | None:
+    """A path: relative and inside the plugin's folder, or absolute, or with `${VAR}` in it."""
+    if problem := _line_problem(file, example):
         return problem
     if "${" in _VARIABLE.sub("", file):
-        return f"is {shown(file)}, with a variable that is not ${{NAME}}; write ${{MODELS}}/detector.pt2"
+        return f"is {shown(file)}, with a variable that is not ${{NAME}}; write ${{FOLDER}}/{example.lstrip('/')}"
     if file.startswith("~"):
         return f"is {shown(file)}, and ~ is not expanded; write ${{HOME}}{printable(file[1:])}"
     if not _VARIABLE.search(file) and leaves_folder(file):
         return f"is {shown(file)}, which leaves the plugin's folder; write an absolute path or ${{VAR}}"
     return None
+
+
+def filesystem_problem(kind: str) -> str | None:
+    """How much of the file system a plugin has."""
+    if kind in FILESYSTEMS:
+        return None
+    return f"is {shown(kind)}; write one of {', '.join(FILESYSTEMS)}"
+
+
+def grant_problem(key: str, filesystem: str) -> str | None:
+    """`read` and `write` widen what `filesystem` narrows; where it narrows nothing, they would mislead."""
+    if filesystem == "listed" or (key == "write" and filesystem == "read-only"):
+        return None
+    wanted = '"listed"' if key == "read" else '"read-only" or "listed"'
+    return f'has no meaning with filesystem = "{filesystem}"; write filesystem = {wanted}, or remove it'
 
 
 def leaves_folder(file: str) -> bool:

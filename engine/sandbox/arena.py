@@ -10,13 +10,20 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, TypeAlias
+
+Span: TypeAlias = tuple[int, int]  # (offset, length) in an arena
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 ALIGN: Final = 64  # a cache line; also enough for any vector instruction
 
 # Below this, a copy through the socket costs less than the arena's bookkeeping.
 THRESHOLD_BYTES: Final = 64 * 1024
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN) * ALIGN
 
 
 class ArenaFull(ValueError):
@@ -39,7 +46,8 @@ class Arena:
     """A mapping of an arena, in either process.
 
     One call owns it at a time: the writer calls `reset` when a call begins, and every `write` of that call
-    goes behind the one before.
+    goes behind the one before. What a plugin keeps of a call's payloads is never written over: the worker
+    says with its answer what is still held, and the writer goes around that.
     """
 
     def __init__(self, fd: int, *, writable: bool) -> None:
@@ -47,8 +55,8 @@ class Arena:
         self.size = os.fstat(fd).st_size
         self._access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._mapping: mmap.mmap | None = None
-        self._floor = 0  # below it lies what a plugin kept
         self._end = 0
+        self._held: list[Span] = []  # in order
 
     @property
     def mapping(self) -> mmap.mmap:
@@ -57,13 +65,10 @@ class Arena:
             self._mapping = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, self._access)
         return self._mapping
 
-    def reset(self) -> None:
-        """Begin a call: everything written before may be overwritten, except what was kept."""
-        self._end = self._floor
-
-    def keep(self) -> None:
-        """Never overwrite what was written so far: the other side holds on to it."""
-        self._floor = self._end
+    def reset(self, held: Iterable[Span] = ()) -> None:
+        """Begin a call: what was written before may be overwritten, but for `held`."""
+        self._end = 0
+        self._held = sorted(held)
 
     def write(self, data: memoryview | bytes | bytearray) -> tuple[int, int]:
         """Copy `data` in; returns its (offset, length).
@@ -73,10 +78,14 @@ class Arena:
         """
         length = len(data)
         offset = self._end
+        for start, size in self._held:
+            if offset + length <= start:
+                break
+            offset = max(offset, _aligned(start + size))
         if offset + length > self.size:
-            raise ArenaFull(f"{offset + length} bytes; the arena holds {self.size}")
+            raise ArenaFull(f"{length} bytes; of {self.size} there are {max(0, self.size - offset)} left")
         self.mapping[offset : offset + length] = bytes(data) if isinstance(data, bytearray) else data
-        self._end = -(-(offset + length) // ALIGN) * ALIGN
+        self._end = _aligned(offset + length)
         return offset, length
 
     def view(self, offset: int, length: int) -> memoryview:

@@ -59,7 +59,7 @@ class Channel(asyncio.Protocol):
             at = end
             try:
                 message = wire.from_worker.decode(frame)
-            except (msgspec.DecodeError, RecursionError) as exc:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
                 raise ProtocolBreach(f"it sent a frame that is no message ({exc})") from exc
             self._on_message(message)
         del received[:at]

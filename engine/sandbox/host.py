@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import socket
+import struct
+import termios
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -46,9 +49,13 @@ from engine.sandbox.verdict import (
 
 log = structlog.get_logger(__name__)
 
-_STACK_WAIT_S = 0.1  # for a hung worker's stack; faulthandler writes it in under a millisecond
+_STACK_WAIT_S = 1.0  # for a hung worker's stack: under a millisecond, once it is given a CPU
+_STACK_QUIET_S = 0.01  # the dump is many small writes; without one for so long it is whole
 _STACK_BYTES = 65536  # the capacity of a pipe
 _EXIT_WAIT_S = 0.25  # between the channel's end and the process's, before it counts as a breach
+# Arguments of this size take a while to decode, and that time is not the tool's.
+_LARGE_BYTES = 1024 * 1024
+_ARGUMENTS_S = 60.0  # for a worker to accept or refuse them
 _REAP_WAIT_S = 5.0  # for a killed process to die
 
 
@@ -87,6 +94,7 @@ class Rejected(msgspec.Struct, frozen=True):
 
     error_type: str
     message: str
+    reason_code: ReasonCode = ReasonCode.BAD_INPUT
 
 
 class Broken(msgspec.Struct, frozen=True):
@@ -120,6 +128,7 @@ class _Running(msgspec.Struct):
     tool: str
     sink: Sink
     reply: asyncio.Future[Reply]
+    began: asyncio.Future[None] | None = None  # set where the worker was asked to say when plugin code runs
 
 
 class StartFailed(Exception):
@@ -151,6 +160,7 @@ class Worker:
         self._main_thread = 0
         self._running: _Running | None = None
         self._next_call_id = 0
+        self._held: tuple[tuple[int, int], ...] = ()  # of the arena, by the plugin
         self._ending: Ending | None = None
         self._breach = ""
         self._known: Cause | None = None
@@ -267,9 +277,14 @@ class Worker:
         self._next_call_id += 1
         try:
             frame = self._call_frame(tool, arguments, announce)
+        except arena.ArenaFull as exc:
+            text = f"the arguments are too large: {exc}; send less, or raise arena_bytes and [limits] memory_mib"
+            return Rejected("InputTooLarge", text, ReasonCode.INPUT_TOO_LARGE)
         except Exception as exc:  # a caller's objects may raise anything while they are encoded
-            return Rejected("BadInput", f"the arguments cannot be sent: {type(exc).__name__}: {exc}")
+            return Rejected("BadInput", _unsendable(arguments, exc))
         running = _Running(self._next_call_id, tool, sink, self._loop.create_future())
+        if len(frame) >= _LARGE_BYTES:
+            running.began = self._loop.create_future()
         if self.dead:
             return Broken(_cause_of(self._dead.result()))
         self._running = running
@@ -277,9 +292,10 @@ class Worker:
         return await self._wait(running, timeout_s)
 
     def _call_frame(self, tool: str, arguments: Mapping[str, Any] | wire.Encoded, announce: bool) -> bytes:
-        self._arena_in.reset()
+        self._arena_in.reset(self._held)
         if not isinstance(arguments, wire.Encoded):
             arguments = wire.Encoded("python", values.encode_arguments(arguments, self._arena_in))
+        announce = announce or len(arguments.data) >= _LARGE_BYTES - wire.HEADER.size
         call = wire.Call(self._next_call_id, tool, arguments.encoding, arguments.data, announce)
         return wire.frame(call)
 
@@ -287,6 +303,9 @@ class Worker:
         """Until the call is answered, the worker dies, or the deadline passes."""
         left_s = timeout_s
         try:
+            if running.began is not None:
+                waits: set[asyncio.Future[Any]] = {running.began, running.reply}
+                await asyncio.wait(waits, timeout=_ARGUMENTS_S, return_when=asyncio.FIRST_COMPLETED)
             while True:
                 try:
                     return await asyncio.wait_for(asyncio.shield(running.reply), left_s)
@@ -332,7 +351,10 @@ class Worker:
         self._signal(wire.DUMP_SIGNAL)
         try:
             await asyncio.wait_for(answered.wait(), _STACK_WAIT_S)
-            await asyncio.sleep(0.005)  # the dump is several writes
+            seen = 0
+            while (size := _unread_bytes(self._stack_fd)) > seen:
+                seen = size
+                await asyncio.sleep(_STACK_QUIET_S)
         except TimeoutError:
             log.info("no_stack", pid=self.pid)
         finally:
@@ -413,7 +435,10 @@ class Worker:
             case wire.Progress(call_id=call_id, done=done, total=total):
                 self._current(call_id).sink.progress(done, total)
             case wire.Began(call_id=call_id):
-                self._current(call_id).sink.began()
+                running = self._current(call_id)
+                running.sink.began()
+                if running.began is not None and not running.began.done():
+                    running.began.set_result(None)
             case wire.LogLine(level=level, message=line):
                 if (dropped := self._log_rate.admit()) is not None:
                     self._observer.log_line("log", level, line, dropped)
@@ -439,12 +464,13 @@ class Worker:
 
     def _on_answer(self, answer: wire.Result | wire.Failed) -> None:
         running = self._current(answer.call_id)
-        if answer.retained:
-            self._arena_in.keep()
+        self._held = answer.held
         if isinstance(answer, wire.Result):
             running.reply.set_result(Value(self._decode(answer.value)))
         elif answer.kind in ("bad_input", "rejected"):
             running.reply.set_result(Rejected(answer.error_type, answer.message))
+        elif answer.kind == "input_too_large":
+            running.reply.set_result(Rejected(answer.error_type, answer.message, ReasonCode.INPUT_TOO_LARGE))
         else:
             self._known = failed_call(answer, running.tool, self.memory_limit_bytes)
             running.reply.set_result(Broken(self._known, answer.error_type))
@@ -485,7 +511,23 @@ class Worker:
             log.error("worker_task_failed", pid=self.pid, exc_info=exc)
 
 
-def _make_array(typestr: str, shape: tuple[int, ...], data: memoryview) -> Array:
+def _unsendable(arguments: Mapping[str, Any] | wire.Encoded, exc: Exception) -> str:
+    """Which of the arguments it is, and why."""
+    for name, value in () if isinstance(arguments, wire.Encoded) else arguments.items():
+        try:
+            values.encode(value, None)
+        except Exception as own:  # as before
+            return f"argument `{name}` cannot be sent: {type(own).__name__}: {own}"
+    return f"the arguments cannot be sent: {type(exc).__name__}: {exc}"
+
+
+def _unread_bytes(fd: int) -> int:
+    """How much a pipe holds."""
+    (size,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
+    return int(size)
+
+
+def _make_array(typestr: str, shape: tuple[int, ...], data: memoryview, _span: arena.Span | None) -> Array:
     return Array(typestr, shape, bytes(data))
 
 

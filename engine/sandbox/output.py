@@ -85,15 +85,20 @@ class Output:
             return False
         *lines, self._partial = (self._partial + chunk).split(b"\n")
         for line in lines:
-            self._line(line)
-        while len(self._partial) > _LINE_BYTES:
-            self._line(self._partial[:_LINE_BYTES])
-            self._partial = self._partial[_LINE_BYTES:]
+            self._line(self._cut(line))
+        self._partial = self._cut(self._partial)
         return True
+
+    def _cut(self, line: bytes) -> bytes:
+        """Deliver all whole pieces of a long line; returns the rest."""
+        while len(line) > _LINE_BYTES:
+            self._line(line[:_LINE_BYTES])
+            line = line[_LINE_BYTES:]
+        return line
 
     def _line(self, raw: bytes) -> None:
         dropped = self._rate.admit()
-        text = raw[:_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
+        text = raw.decode("utf-8", "replace").rstrip("\r")
         self._tail.append(text)
         if dropped is not None:
             self._on_line(text, dropped)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,11 +70,19 @@ def worker_environment() -> dict[str, str]:
 
 
 class Spawner:
-    """Starts the fork server on first use, and again after it was lost."""
+    """Starts the fork server on first use, and again after it was lost.
 
-    def __init__(self, scratch_root: Path) -> None:
+    Args:
+        scratch_root: a folder of its own, for the workers' scratch folders.
+        private: files and folders that no plugin is to see, the scratch root's parent excepted.
+    """
+
+    def __init__(self, scratch_root: Path, private: Sequence[Path] = ()) -> None:
         self.scratch_root = scratch_root
+        self.exposed: str | None = None  # why `private` is not hidden; "" if it is; None: not known yet
+        self._private = private
         self._process: subprocess.Popen[bytes] | None = None
+        self._burial: asyncio.Task[None] | None = None  # waits for one that was lost
         self._control: socket.socket | None = None
         self._starting = asyncio.Lock()
         self._sending = asyncio.Lock()
@@ -111,14 +120,22 @@ class Spawner:
             control.close()
         if process is not None:
             await asyncio.to_thread(_wait, process)
+        await self._buried()
         self._lose_all()
+        # A fork server removes them itself, unless it was lost.
+        await asyncio.to_thread(shutil.rmtree, self.scratch_root, ignore_errors=True)
+
+    async def _buried(self) -> None:
+        if self._burial is not None:
+            await asyncio.wait([self._burial])
 
     async def _ensure(self) -> socket.socket:
         async with self._starting:
             if self._control is None:
+                await self._buried()
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 try:
-                    self._process = await asyncio.to_thread(_launch, theirs, self.scratch_root)
+                    self._process = await asyncio.to_thread(_launch, theirs, self.scratch_root, self._private)
                 except OSError as exc:
                     ours.close()
                     raise SpawnFailed(f"the fork server does not start: {exc}") from exc
@@ -159,7 +176,11 @@ class Spawner:
                 self._on_lost(control, "it ended")
                 return
             message = wire.from_fork_server.decode(data)
-            if isinstance(message, wire.Forked):
+            if isinstance(message, wire.Isolated):
+                self.exposed = message.exposed
+                if self.exposed:
+                    log.warning("private_files_exposed", why=self.exposed)
+            elif isinstance(message, wire.Forked):
                 self._on_forked(message, fds[0])
             elif (exit_status := self._exits.pop(message.token, None)) and not exit_status.done():
                 exit_status.set_result(message.status)
@@ -179,7 +200,8 @@ class Spawner:
         control.close()
         self._control = None
         if self._process is not None:
-            self._process.poll()
+            self._process.kill()  # without its end of the socket it is of no use, if it lives at all
+            self._burial = asyncio.get_running_loop().create_task(asyncio.to_thread(_wait, self._process))
             self._process = None
         self._lose_all()
 
@@ -194,9 +216,10 @@ class Spawner:
         self._exits.clear()
 
 
-def _launch(control: socket.socket, scratch_root: Path) -> subprocess.Popen[bytes]:
+def _launch(control: socket.socket, scratch_root: Path, private: Sequence[Path]) -> subprocess.Popen[bytes]:
     scratch_root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    command = [sys.executable, "-P", str(_MAIN), str(control.fileno()), str(scratch_root)]
+    folders = [str(path.absolute()) for path in (scratch_root, *private)]  # its working directory is not ours
+    command = [sys.executable, "-P", str(_MAIN), str(control.fileno()), *folders]
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

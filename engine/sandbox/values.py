@@ -7,13 +7,14 @@ arena where there is one. Both sides encode the same way; they differ in what an
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, TypeAlias
 
 from msgspec import msgpack
 
-from engine.sandbox.arena import THRESHOLD_BYTES, Arena
+from engine.sandbox.arena import THRESHOLD_BYTES, Arena, Span
 
 # MessagePack extension codes of what MessagePack itself does not know.
 EXT_ARENA_BYTES = 1  # (offset, length): bytes in the arena
@@ -22,10 +23,12 @@ EXT_ARENA_VALUE = 3  # (offset, length): the encoding of the whole value, in the
 EXT_ARRAY = 4  # (typestr, shape, data): an array, inline
 EXT_FILE = 5  # path: a file that the caller sent
 
-MakeArray: TypeAlias = Callable[[str, tuple[int, ...], memoryview], Any]
+# From typestr, shape, data, and where in the arena the data lies, if there.
+MakeArray: TypeAlias = Callable[[str, tuple[int, ...], memoryview, Span | None], Any]
 
-# Kinds in numpy's array interface that hold their own bytes: numbers, booleans, times, text.
-_KINDS = frozenset("biufcmMSUV")
+# The typestr of numpy's array interface: byte order, kind, bytes per element (characters for `U`), unit of time.
+# Only kinds that hold their own bytes: numbers, booleans, times, text.
+_TYPESTR = re.compile(r"[<>|=]([biufcmMSUV])(\d{1,9})(?:\[\w{1,8}\])?")
 _pack = msgpack.encode
 
 
@@ -93,7 +96,7 @@ def _array_parts(value: Any) -> tuple[str, tuple[int, ...], memoryview] | None:
     if not isinstance(interface, dict):
         return None
     typestr: str = interface["typestr"]
-    if typestr[1] not in _KINDS:
+    if _TYPESTR.fullmatch(typestr) is None:
         raise TypeError(f"an array of dtype {typestr} holds Python objects; convert it to numbers first")
     shape = tuple(int(size) for size in interface["shape"])
     if 0 in shape:
@@ -112,8 +115,8 @@ class Decoder:
 
     Args:
         arena: where its large parts lie.
-        make_array: builds an array from (typestr, shape, data). The data is a view of the arena or of the
-            frame: an implementation that keeps it must copy it.
+        make_array: builds an array. The data is a view of the arena or of the frame: an implementation that
+            keeps it must copy it, or see to it that the other side does not overwrite it.
     """
 
     def __init__(self, arena: Arena, make_array: MakeArray) -> None:
@@ -139,14 +142,17 @@ class Decoder:
             return self._decoder.decode(self._arena.copy(*parts))
         if code == EXT_ARENA_ARRAY:
             typestr, shape, offset, length = parts
-            return self._array(typestr, shape, self._arena.view(offset, length))
+            return self._array(typestr, shape, self._arena.view(offset, length), (offset, length))
         if code == EXT_ARRAY:
             typestr, shape, content = parts
-            return self._array(typestr, shape, memoryview(content))
+            return self._array(typestr, shape, memoryview(content), None)
         raise ValueError(f"unknown extension {code}")
 
-    def _array(self, typestr: str, shape: list[int], data: memoryview) -> Any:
-        size = int(typestr[2:]) * (4 if typestr[1] == "U" else 1)
-        if typestr[1] not in _KINDS or math.prod(shape) * size != len(data) or min(shape, default=0) < 0:
+    def _array(self, typestr: str, shape: list[int], data: memoryview, span: Span | None) -> Any:
+        parsed = _TYPESTR.fullmatch(typestr)
+        if parsed is None:
+            raise ValueError(f"no element type {typestr!r}")
+        size = int(parsed[2]) * (4 if parsed[1] == "U" else 1)
+        if math.prod(shape) * size != len(data) or min(shape, default=0) < 0:
             raise ValueError(f"an array of {typestr} and shape {shape} does not have {len(data)} bytes")
-        return self._make_array(typestr, tuple(shape), data)
+        return self._make_array(typestr, tuple(shape), data, span)

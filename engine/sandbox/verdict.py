@@ -135,8 +135,10 @@ def _died_by_itself(status: ExitStatus, evidence: Evidence) -> Verdict:
     if status.code is None:
         text = f"the worker is gone{doing}, and with it the process that could tell how; restart the plugin"
         return _cause(ReasonCode.KILLED_EXTERNALLY, evidence, text)
+    if status.code == wire.EXIT_NO_MEMORY:
+        return _cause(ReasonCode.MEMORY_LIMIT, evidence, f"no memory was left{doing}: {_raise(evidence)}")
     if status.code == wire.EXIT_BROKEN:
-        text = f"the worker could not be set up{doing}; see its output; restart the plugin"
+        text = f"Holdfast's own part of the worker failed{doing}; see its output; restart the plugin"
         return _cause(ReasonCode.WORKER_EXIT, evidence, text)
     text = (
         f"the worker exited with status {status.code}{doing}, without a Python exception (os._exit or native "
@@ -244,6 +246,8 @@ def failed_start(report: wire.StartFailed, memory_limit_bytes: int) -> Cause:
     stage = stage_name(report.stage)
     at = f" at {report.where}" if report.where else ""
     match report.kind:
+        case "uncontained":
+            return Cause(ReasonCode.SANDBOX_UNSUPPORTED, f"{report.message}, then restart the plugin")
         case "missing":
             chain = " → ".join(report.chain)
             text = f"{chain}: {report.message} is missing; install what provides it, then restart the plugin"
@@ -256,7 +260,7 @@ def failed_start(report: wire.StartFailed, memory_limit_bytes: int) -> Cause:
             return Cause(ReasonCode.MEMORY_LIMIT, text)
         case "exception":
             text = f"{stage} raised {report.error_type}: {report.message}{at}; mend it, then restart the plugin"
-            return Cause(_STAGE_CODES[report.stage], text)
+            return Cause(_STAGE_CODES.get(report.stage, ReasonCode.INIT_ERROR), text)
         case "no_validate":
             text = f"{report.message}; add one that raises, or returns False, if the plugin could not serve"
             return Cause(ReasonCode.VALIDATE_FAILED, text)

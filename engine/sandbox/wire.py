@@ -25,6 +25,7 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024
 DUMP_SIGNAL = signal.SIGRTMAX - 3  # asks a worker for its Python stack; few programs use real-time signals
 EXIT_BROKEN = 70  # a worker's exit status: Holdfast's own part of it failed
 EXIT_CHANNEL_LOST = 71  # likewise: the channel broke while the engine was alive
+EXIT_NO_MEMORY = 72  # likewise: the plugin left it no memory to go on with
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
@@ -32,6 +33,15 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
 
 
 # Engine to worker.
+
+
+class Sandbox(msgspec.Struct, frozen=True):
+    """What the plugin may do outside of its own processes; see `engine.worker.contain`."""
+
+    network: bool = True
+    filesystem: str = "open"  # "open" | "read-only" | "listed"
+    read: tuple[str, ...] = ()  # absolute
+    write: tuple[str, ...] = ()
 
 
 class Start(Message, frozen=True, tag=1):
@@ -46,6 +56,7 @@ class Start(Message, frozen=True, tag=1):
     tools: dict[str, tuple[str, ...]]  # tool: the exception names that mean bad input
     memory_bytes: int
     max_result_bytes: int
+    sandbox: Sandbox = Sandbox()
 
 
 class Call(Message, frozen=True, tag=2):
@@ -100,7 +111,7 @@ class StartFailed(Message, frozen=True, tag=19):
     """The start broke in Python."""
 
     stage: str
-    kind: str  # "exception" | "missing" | "memory" | "returned_false" | "no_validate" | "no_tool" | "no_class"
+    kind: str  # "exception" | "missing" | "memory" | "returned_false" | "no_validate" | "no_tool" | "no_class" | …
     error_type: str
     message: str
     where: str  # "plugin.py:17 in `detect`", or ""
@@ -133,18 +144,18 @@ class Result(Message, frozen=True, tag=23):
 
     call_id: int
     value: msgspec.Raw
-    retained: bool = False  # the plugin kept a view of this call's payloads: they must stay as they are
+    held: tuple[tuple[int, int], ...] = ()  # parts of the arena, (offset, length), that the plugin holds on to
 
 
 class Failed(Message, frozen=True, tag=24):
     """The call has no result."""
 
     call_id: int
-    kind: str  # "bad_input" | "rejected" | "exception" | "memory" | "invalid" | "too_large"
+    kind: str  # "bad_input" | "input_too_large" | "rejected" | "exception" | "memory" | "invalid" | "too_large"
     error_type: str
     message: str
     where: str = ""
-    retained: bool = False
+    held: tuple[tuple[int, int], ...] = ()
 
 
 class LogLine(Message, frozen=True, tag=25):
@@ -178,6 +189,12 @@ class Exited(Message, frozen=True, tag=42):
     status: int
 
 
+class Isolated(Message, frozen=True, tag=43):
+    """The fork server's first message."""
+
+    exposed: str  # why what is private to the engine is not hidden from plugins; "" if it is
+
+
 TO_WORKER: TypeAlias = Start | Call
 FROM_WORKER: TypeAlias = Hello | Stage | Ready | StartFailed | Began | Progress | Item | Result | Failed | LogLine
 
@@ -185,7 +202,7 @@ _encoder = msgpack.Encoder()
 to_worker = msgpack.Decoder(TO_WORKER)
 from_worker = msgpack.Decoder(FROM_WORKER)
 fork_request = msgpack.Decoder(Fork)
-from_fork_server = msgpack.Decoder(Forked | Exited)
+from_fork_server = msgpack.Decoder(Isolated | Forked | Exited)
 encode = _encoder.encode
 
 

@@ -1,4 +1,4 @@
-"""The fork server's process: `python -P engine/worker/__main__.py CONTROL_FD SCRATCH_ROOT`.
+"""The fork server's process: `python -P engine/worker/__main__.py CONTROL_FD SCRATCH_ROOT PRIVATE…`.
 
 Run by path and not by `-m`, so that the folder Holdfast lies in is on `sys.path` only while its own modules are
 imported: a plugin must not find `engine` or `plugins` there by accident.
@@ -13,4 +13,4 @@ if __name__ == "__main__":
     from engine.worker.forkserver import ForkServer
 
     sys.path.remove(root)
-    ForkServer(int(sys.argv[1]), Path(sys.argv[2])).run()
+    ForkServer(int(sys.argv[1]), Path(sys.argv[2]), [Path(each) for each in sys.argv[3:]]).run()

@@ -12,6 +12,8 @@ import resource
 import signal
 from pathlib import Path
 
+from engine.worker.native import checked, libc
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
@@ -20,8 +22,6 @@ PR_SET_NO_NEW_PRIVS = 38
 RESERVE_BYTES = 16 * 1024 * 1024
 _with_reserve = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def prctl(option: int, value: int) -> None:
     """`prctl(2)` with one argument.
@@ -29,9 +29,7 @@ def prctl(option: int, value: int) -> None:
     Raises:
         OSError: the kernel refused.
     """
-    if _libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"prctl({option}, {value}): {os.strerror(errno)}")
+    checked(libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option}, {value})")
 
 
 def become_subreaper() -> None:

@@ -22,33 +22,45 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.sandbox import proc, wire
-from engine.worker import confine, serve
+from engine.worker import confine, contain, mounts, serve
 
 _SWEEP_S = 1.0  # how long a killed orphan may take to die before we go on without it
 _MAX_FDS = 16
 
 
 class ForkServer:
-    """Serves one engine, which holds the other end of the control socket."""
+    """Serves one engine, which holds the other end of the control socket.
 
-    def __init__(self, control_fd: int, scratch_root: Path) -> None:
+    Args:
+        control_fd: our end.
+        scratch_root: below it, and only there, lie the workers' scratch folders.
+        private: files and folders of the engine that no plugin is to see.
+    """
+
+    def __init__(self, control_fd: int, scratch_root: Path, private: Sequence[Path]) -> None:
         self._control = socket.socket(fileno=control_fd)
         self._control.setblocking(True)
         self._scratch_root = scratch_root
+        self._private = private
         self._workers: dict[int, tuple[int, Path]] = {}  # pid: (token, scratch folder)
         self._removers: set[int] = set()  # children of ours that delete a scratch folder
 
     def run(self) -> None:
         """Serve until the engine is gone, then clean up and exit."""
+        if self._private:
+            # The parent of the scratch root, so that the root can still be removed: a mount point cannot.
+            self._tell(wire.Isolated(mounts.hide(self._private, self._scratch_root.parent)), [])
         wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # wakes the poll below
         for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(ignored, signal.SIG_IGN)  # only the engine's end ends us
         confine.become_subreaper()
+        contain.prepare()
         gc.collect()
         gc.freeze()  # a worker's collections then leave our pages shared
         poll = select.poll()
@@ -96,6 +108,8 @@ class ForkServer:
             descriptors = serve.Descriptors.adopt(fds)
             confine.detach(parent)
             code = serve.run(descriptors, Path(request.scratch))
+        except MemoryError:
+            code = wire.EXIT_NO_MEMORY
         except BaseException as exc:  # the last line of defence: a child must never run the parent's loop
             with contextlib.suppress(OSError):
                 os.write(2, f"holdfast worker: {type(exc).__name__}: {exc}\n".encode())

@@ -16,7 +16,7 @@ from typing import Any
 from msgspec import msgpack
 
 from engine.sandbox import wire
-from engine.worker import failure
+from engine.worker import confine, failure
 from engine.worker.tools import BoundTool, ToolInvalid, bind
 
 _SHARED_LIBRARY = re.compile(r"(\S+\.so\S*): cannot open shared object file")
@@ -130,6 +130,8 @@ def _stage(name: str, start: wire.Start, send: Callable[[wire.Message], None]) -
 
 
 def _report(stage: str, exc: BaseException, start: wire.Start) -> wire.StartFailed:
+    if isinstance(exc, MemoryError):
+        confine.open_reserve()
     folder = Path(start.folder)
     at = failure.where(exc.__traceback__, folder)
     if isinstance(exc, SyntaxError):

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from engine.sandbox import values, wire
-from engine.sandbox.arena import Arena, ArenaFull
-from engine.worker import confine, failure, load, tools
+from engine.sandbox.arena import Arena, ArenaFull, Span
+from engine.worker import confine, contain, failure, lending, load, tools
 
 _PROGRESS_INTERVAL_S = 0.1  # a tool may report each of a million steps; a person reads ten a second
 _FIRST_FD = 100  # our descriptors start here, so that a plugin that closes 3 to 99 does not hit them
@@ -108,8 +108,9 @@ def run(descriptors: Descriptors, scratch: Path) -> int:
     if not isinstance(start, wire.Start):
         return wire.EXIT_BROKEN
     confine.limit(start.memory_bytes)
-    sys.addaudithook(_suicide_note(descriptors.stack, Path(start.folder)))
     try:
+        contain.apply(start)
+        sys.addaudithook(_suicide_note(descriptors.stack, Path(start.folder)))
         plugin_tools = load.load(start, channel.send)
     except load.Refused as exc:
         channel.send(exc.report)
@@ -128,7 +129,7 @@ def run(descriptors: Descriptors, scratch: Path) -> int:
 def _settle_in(descriptors: Descriptors, scratch: Path, channel: Channel) -> None:
     """Streams, stack dumps and folders; and Holdfast's own modules out of the plugin's sight."""
     # Anew, because the fork server's were made for other files. A line is handed over when it is whole.
-    sys.stdin = open(0, closefd=False)  # noqa: PTH123, SIM115
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = _writer(1)
     sys.stderr = _writer(2)
     faulthandler.enable(descriptors.stack, all_threads=True)
@@ -142,7 +143,7 @@ def _settle_in(descriptors: Descriptors, scratch: Path, channel: Channel) -> Non
 
 
 def _writer(fd: int) -> TextIO:
-    return open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: PTH123
+    return open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def _suicide_note(stack_fd: int, folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
@@ -173,18 +174,16 @@ class Caller:
         self._tools = plugin_tools
         self._max_result_bytes = max_result_bytes
         self._out = Arena(descriptors.arena_out, writable=True)
-        self._pins: list[memoryview] = []
-        self._decoder = values.Decoder(
-            Arena(descriptors.arena_in, writable=False), tools.array_maker(self._pins.append)
-        )
+        arena_in = Arena(descriptors.arena_in, writable=False)
+        self._lender = lending.Lender(arena_in.size)
+        self._decoder = values.Decoder(arena_in, self._lender.make)
         self._runner: asyncio.Runner | None = None
 
     def answer(self, call: wire.Call) -> wire.Message:
         """Run a call; returns its `Result` or `Failed`."""
         answer = self._answer(call)
-        if self._pins and not self._unpin():
-            return _retained(answer)
-        return answer
+        held = self._lender.held()
+        return _holding(answer, held) if held else answer
 
     def _answer(self, call: wire.Call) -> wire.Result | wire.Failed:
         tool = self._tools[call.tool]
@@ -192,8 +191,11 @@ class Caller:
             arguments = tools.decode(tool, call.encoding, call.arguments, self._decoder)
         except tools.BadInput as exc:
             return wire.Failed(call.call_id, "bad_input", "BadInput", str(exc))
-        except MemoryError:
-            return wire.Failed(call.call_id, "memory", "MemoryError", "the arguments do not fit")
+        except MemoryError:  # nothing of the plugin ran: whoever sent that much is to blame, not the plugin
+            text = "the arguments do not fit into the memory that the plugin has left; send less"
+            return wire.Failed(call.call_id, "input_too_large", "InputTooLarge", text)
+        except BaseException as exc:  # a dataclass of the plugin's may have a `__post_init__`
+            return self._failed(call.call_id, tool, exc)
         if call.announce:
             self._send(wire.Began(call.call_id))
         if tool.info.progress:
@@ -274,6 +276,18 @@ class Caller:
         return wire.Failed(call_id, "too_large", "ResultTooLarge", text)
 
     def _failed(self, call_id: int, tool: tools.BoundTool, exc: BaseException) -> wire.Failed:
+        """What the exception was; there is an answer whatever it does when it is looked at."""
+        if isinstance(exc, MemoryError):
+            confine.open_reserve()
+        try:
+            return self._described(call_id, tool, exc)
+        except MemoryError:
+            confine.open_reserve()
+            return wire.Failed(call_id, "memory", "MemoryError", "")
+        except BaseException:  # hostile in more than its `__str__`
+            return wire.Failed(call_id, "exception", "an exception", "it cannot be described")
+
+    def _described(self, call_id: int, tool: tools.BoundTool, exc: BaseException) -> wire.Failed:
         kind = "exception"
         if failure.is_any(exc, tool.rejects):
             kind = "rejected"
@@ -282,17 +296,6 @@ class Caller:
         at = failure.where(exc.__traceback__, self._folder)
         return wire.Failed(call_id, kind, failure.type_name(type(exc)), failure.message(exc), at)
 
-    def _unpin(self) -> bool:
-        """Let go of the call's views of the arena. False where the plugin still holds one."""
-        free = True
-        for view in self._pins:
-            try:
-                view.release()
-            except BufferError:
-                free = False
-        self._pins.clear()
-        return free
-
 
 class _Unsendable(Exception):
     def __init__(self, failed: wire.Failed) -> None:
@@ -300,7 +303,7 @@ class _Unsendable(Exception):
         self.failed = failed
 
 
-def _retained(answer: wire.Result | wire.Failed) -> wire.Message:
+def _holding(answer: wire.Result | wire.Failed, held: tuple[Span, ...]) -> wire.Message:
     if isinstance(answer, wire.Result):
-        return wire.Result(answer.call_id, answer.value, True)
-    return wire.Failed(answer.call_id, answer.kind, answer.error_type, answer.message, answer.where, True)
+        return wire.Result(answer.call_id, answer.value, held)
+    return wire.Failed(answer.call_id, answer.kind, answer.error_type, answer.message, answer.where, held)

@@ -7,7 +7,6 @@ import binascii
 import inspect
 import json
 import re
-import types
 import typing
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -62,7 +61,7 @@ def bind(name: str, method: Callable[..., Any], rejects: tuple[str, ...]) -> Bou
     for parameter in parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ToolInvalid(f"`{name}` takes `{parameter}`; a tool's parameters are passed by name")
-        hint = wanted[parameter.name] = _known(hints.get(parameter.name, Any))
+        hint = wanted[parameter.name] = hints.get(parameter.name, Any)
         if parameter.default is parameter.empty:
             fields.append((parameter.name, hint))
         else:
@@ -91,16 +90,6 @@ def _is_iterable(kind: type) -> bool:
         "AsyncGenerator",
         "AsyncIterable",
     )
-
-
-def _known(hint: Any) -> Any:
-    """A hint as msgspec takes it: `NDArray[uint8]` is a generic alias, its origin is the class."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return typing.Union[tuple(_known(part) for part in typing.get_args(hint))]  # noqa: UP007 - built at run time
-    if origin is not None and _is_array_type(origin):
-        return origin
-    return hint
 
 
 def _is_array_type(kind: Any) -> bool:
@@ -158,10 +147,10 @@ def decode(tool: BoundTool, encoding: str, data: bytes, decoder: values.Decoder)
     """
     try:
         raw = msgspec.json.decode(data) if encoding == "json" else decoder.decode(data)
-    except msgspec.DecodeError as exc:
-        raise BadInput(f"the arguments are not JSON: {exc}") from None
     except RecursionError:
         raise BadInput("the arguments are nested too deeply") from None
+    except (ValueError, TypeError) as exc:
+        raise BadInput(f"the arguments cannot be read: {exc}") from None
     if not isinstance(raw, dict):
         raise BadInput(f"the arguments must be an object of names and values, not {_shown_type(raw)}")
     if encoding == "form":
@@ -211,11 +200,13 @@ def _accepts(hint: Any, kind: type) -> bool:
 def _hook(local: bool) -> Callable[[type, Any], Any]:
     """`dec_hook` for files and arrays. Only a caller in the engine's process may name a file by path."""
 
-    def hook(kind: type, value: Any) -> Any:
+    def hook(kind: Any, value: Any) -> Any:
+        if _is_array_type(typing.get_origin(kind) or kind):
+            return _array(kind, value)
         if isinstance(value, kind):
             return value
         if not issubclass(kind, PurePath):
-            return _array(kind, value)
+            raise ValueError(f"Expected `{kind.__name__}`, got {_shown_type(value)}")
         if isinstance(value, values.FilePart):
             return kind(value.path)
         if local and isinstance(value, str):
@@ -227,19 +218,40 @@ def _hook(local: bool) -> Callable[[type, Any], Any]:
     return hook
 
 
-def _array(kind: type, value: Any) -> Any:
-    if not _is_array_type(kind):
-        raise ValueError(f"Expected `{kind.__name__}`, got {_shown_type(value)}")
+def _array(kind: Any, value: Any) -> Any:
+    """The array that `numpy.ndarray` or `NDArray[…]` asks for, made from JSON where need be."""
     numpy = import_module("numpy")  # present: the plugin's own hint is of its array type
+    wanted = _element_types(kind)
     try:
+        array = value
         if isinstance(value, list):
-            return numpy.asarray(value)
-        if isinstance(value, dict):
+            array = numpy.asarray(value)
+        elif isinstance(value, dict):
             data = base64.b64decode(value["data"], validate=True)
-            return numpy.frombuffer(data, numpy.dtype(value["typestr"])).reshape(value["shape"])
+            array = numpy.frombuffer(data, numpy.dtype(value["typestr"])).reshape(value["shape"])
+        elif not isinstance(value, numpy.ndarray):
+            raise TypeError(f"got {_shown_type(value)}")
+        if not wanted or any(numpy.issubdtype(array.dtype, element) for element in wanted):
+            return array
+        if isinstance(value, list):  # JSON has no element types: whatever holds the same numbers will do
+            for element in wanted:
+                cast = array.astype(element)
+                if (cast == array).all():
+                    return cast
     except (ValueError, TypeError, KeyError, OverflowError, binascii.Error) as exc:
-        raise ValueError(f"Expected an array: {exc}") from None
-    raise ValueError(f"Expected an array, got {_shown_type(value)}")
+        raise ValueError(f"Expected an array{_of(wanted)}, {exc}") from None
+    raise ValueError(f"Expected an array{_of(wanted)}, got one of `{array.dtype}`")
+
+
+def _of(elements: list[Any]) -> str:
+    return " of " + " or ".join(f"`{element.__name__}`" for element in elements) if elements else ""
+
+
+def _element_types(kind: Any) -> list[Any]:
+    """`NDArray[uint8]`: uint8. Empty where any will do."""
+    arguments = typing.get_args(kind)  # shape, dtype[element]
+    element = next(iter(typing.get_args(arguments[1])), Any) if len(arguments) == 2 else Any
+    return [part for part in typing.get_args(element) or (element,) if isinstance(part, type) and part is not Any]
 
 
 def _shown_type(value: Any) -> str:
@@ -247,47 +259,40 @@ def _shown_type(value: Any) -> str:
     return f"`{names.get(type(value), type(value).__name__)}`"
 
 
-_AT = re.compile(r" - at `\$\.?(.*)`$")
+_AT = re.compile(r" - at (`key` in )?`\$\.?(.*)`$")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
+_LACKING = re.compile(r"Object missing required field `(.*)`")
 
 
 def _explain(text: str, tool: BoundTool) -> str:
     """msgspec's message, in terms of the tool's arguments."""
-    names = list(tool.arguments.__struct_fields__)
-    takes = f"`{tool.name}` takes {', '.join(names) or 'no arguments'}"
-    if (unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text)) is not None:
-        near = get_close_matches(unknown.group(1), names, 1)
-        hint = f"; did you mean `{near[0]}`?" if near else ""
-        return (
-            f"there is no argument `{unknown.group(1)}`{hint} {takes}"
-            if near
-            else (f"there is no argument `{unknown.group(1)}`; {takes}")
-        )
-    if (missing := re.fullmatch(r"Object missing required field `(.*)`", text)) is not None:
-        name = missing.group(1)
-        return f"argument `{name}` is missing; it wants {_shown_hint(tool.hints.get(name, Any))}"
     at = _AT.search(text)
-    if at is None:
-        return text
-    said = text[: at.start()]
-    return f"argument `{at.group(1)}`: {said[:1].lower()}{said[1:]}"
+    said = text if at is None else text[: at.start()]
+    unknown, lacking = _UNKNOWN.fullmatch(said), _LACKING.fullmatch(said)
+    if at is not None:
+        if unknown is not None:
+            said = f"it has no field `{unknown[1]}`"
+        elif lacking is not None:
+            said = f"its field `{lacking[1]}` is missing"
+        return f"argument `{at[2]}`: {'a key: ' if at[1] else ''}{said[:1].lower()}{said[1:]}"
+    if unknown is not None:
+        names = list(tool.arguments.__struct_fields__)
+        near = get_close_matches(unknown[1], names, 1)
+        hint = f"; did you mean `{near[0]}`?" if near else ";"
+        return (
+            f"there is no argument `{unknown[1]}`{hint} `{tool.name}` takes {', '.join(names) or 'no arguments'}"
+        )
+    if lacking is not None:
+        return f"argument `{lacking[1]}` is missing; it wants {_shown_hint(tool.hints.get(lacking[1], Any))}"
+    return said
 
 
 def _shown_hint(hint: Any) -> str:
+    if _is_array_type(typing.get_origin(hint) or hint):
+        return f"an array{_of(_element_types(hint))}"
     if isinstance(hint, type):
         return "a file" if issubclass(hint, PurePath) else f"`{hint.__name__}`"
     return f"`{str(hint).replace('typing.', '')}`"
-
-
-def array_maker(pin: Callable[[memoryview], None]) -> values.MakeArray:
-    """Makes numpy arrays over the arena, read-only and without a copy; `pin` is told of each view."""
-
-    def make(typestr: str, shape: tuple[int, ...], data: memoryview) -> Any:
-        numpy = import_module("numpy")
-        view = data.toreadonly()
-        pin(view)
-        return numpy.frombuffer(view, numpy.dtype(typestr)).reshape(shape)
-
-    return make
 
 
 def encode_result(value: Any, arena: Arena | None) -> msgspec.Raw:

@@ -53,7 +53,7 @@ class Plugin:
     # Native faults and signals.
 
     def reads_address_zero(self) -> None:
-        ctypes.string_at(0)
+        ctypes.string_at(0)  # now
 
     def aborts(self) -> None:
         os.abort()
@@ -70,7 +70,7 @@ class Plugin:
 
         def fault():
             gate.read_bytes()  # until somebody opens it to write
-            ctypes.string_at(0)
+            ctypes.string_at(0)  # later
 
         threading.Thread(target=fault, daemon=True).start()
         return str(gate)
