@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,19 @@ import msgspec
 import structlog
 
 from engine.call import OnProgress, Stream
+from engine.description import PluginDescription, describe
 from engine.errors import Cause, ReasonCode, SetupError, UnknownPlugin
 from engine.lifecycle.states import Trigger
 from engine.loader.discovery import discover, reread
-from engine.loader.findings import Finding
 from engine.loader.gpu import GpuCheck
-from engine.loader.manifest import Limits, Package
 from engine.outcome import Outcome, Refused
 from engine.registry import Incarnation, PluginRegistry
 from engine.runner import ToolRunner
+from engine.sandbox.containment import supported
 from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.spawner import Spawner
 from engine.sandbox.wire import Encoded
-from engine.settings import Settings
+from engine.settings import CONFIG_FILE, Settings, bundled_dir
 from engine.startup import Starter
 from events.audit import AuditLog
 from events.bus import EventBus, Fault
@@ -45,39 +46,8 @@ try:
 except PackageNotFoundError:  # a checkout that is not installed
     VERSION = "0"
 
-_PACKAGE = Path(__file__).resolve().parent
 _RESTARTED = Cause(ReasonCode.RESTARTED, "the plugin was restarted while the call waited; call again")
-
-
-class ToolDescription(msgspec.Struct, frozen=True):
-    """A tool, for its callers. `parameters` is a JSON Schema, null until the plugin was INITIALIZED."""
-
-    name: str
-    description: str
-    timeout_s: float
-    rejects: tuple[str, ...]
-    streams: bool
-    progress: bool
-    parameters: msgspec.Raw
-
-
-class PluginDescription(msgspec.Struct, frozen=True):
-    """A plugin's manifest, tools and checks. Its `[settings]` stay private: they may hold secrets."""
-
-    name: str
-    state: str
-    reason: str | None
-    reason_code: str | None
-    folder: str
-    version: str | None = None
-    description: str | None = None
-    entry: str | None = None
-    requires_gpu: bool = False
-    packages: tuple[str | Package, ...] = ()
-    models: dict[str, str] = {}
-    limits: Limits | None = None
-    tools: tuple[ToolDescription, ...] = ()
-    checks: tuple[Finding, ...] = ()
+_STOPPING = Cause(ReasonCode.ENGINE_STOPPING, "the engine stopped while the call waited; call another one")
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -128,14 +98,14 @@ class Engine:
             candidates = await asyncio.to_thread(
                 discover,
                 settings.plugin_dirs,
-                bundled=_bundled() if settings.bundled else None,
+                bundled=bundled_dir() if settings.bundled else None,
                 entry_points=settings.entry_points,
             )
             data_dir = settings.data_dir.absolute()
             await self._open_events(data_dir, stack)
             self.scratch_root = data_dir / "scratch" / self.instance.rpartition("/")[2]
             await asyncio.to_thread(_remove_stale, self.scratch_root.parent)
-            self._spawner = Spawner(self.scratch_root)
+            self._spawner = Spawner(self.scratch_root, private=(data_dir, Path(CONFIG_FILE)))
             stack.push_async_callback(self._spawner.close)
             stack.push_async_callback(self._cancel_tasks)
             self._watch = MemoryWatch(settings.memory_interval_s, self.note_fault)
@@ -165,17 +135,19 @@ class Engine:
         if left:
             log.warning("calls_not_drained", calls=left, drain_s=self.settings.drain_s)
         pools = [incarnation.pool for incarnation in self.registry.all() if incarnation.pool is not None]
+        for pool in pools:
+            pool.close(_STOPPING)  # for the calls that still wait
         await asyncio.gather(*(pool.end() for pool in pools))
         await self._parts.aclose()
 
     async def _open_events(self, data_dir: Path, stack: AsyncExitStack) -> None:
         """The log, what reads it, and the bus that goes on where it ends. Closed in reverse: the log last."""
         token = self.settings.token
-        self.log = await asyncio.to_thread(self._open_log, data_dir)
-        self.audit = await asyncio.to_thread(
-            AuditLog.open, data_dir / "audit.jsonl", redact=[token] if token else []
-        )
+        await asyncio.to_thread(_make_folder, data_dir)
+        redact = [token] if token else []
+        self.audit = await asyncio.to_thread(AuditLog.open, data_dir / "audit.jsonl", redact=redact)
         stack.push_async_callback(asyncio.to_thread, self.audit.close)
+        self.log = await asyncio.to_thread(self._open_log, data_dir / "events.db")
         stack.push_async_callback(self._close_log)
         await asyncio.to_thread(self.audit.attach, self.log)
         views, last = self.log.load()
@@ -196,25 +168,29 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _open_log(self, data_dir: Path) -> EventLog:
-        path = data_dir / "events.db"
+    def _open_log(self, path: Path) -> EventLog:
         settings = self.settings
+        open_log = partial(
+            EventLog.open,
+            path,
+            source=self.instance,
+            backlog=settings.log_backlog,
+            retain_events=settings.retain_events,
+            retain_days=settings.retain_days,
+        )
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
             try:
-                return EventLog.open(path, source=self.instance, backlog=settings.log_backlog)
+                return open_log()
             except CorruptLog as exc:
                 if not settings.repair_log:
                     raise
                 aside = EventLog.repair(path)
                 log.warning("log_moved_aside", path=str(path), aside=str(aside), why=str(exc))
-                return EventLog.open(path, source=self.instance, backlog=settings.log_backlog)
+                return open_log()
         except (CorruptLog, LogUnavailable) as exc:
             raise SetupError(str(exc)) from exc
         except OSError as exc:
-            raise SetupError(
-                f"the data folder {data_dir} cannot be used: {exc.strerror}; choose another one"
-            ) from exc
+            raise _unusable(path.parent, exc) from exc
 
     # Calls.
 
@@ -318,29 +294,7 @@ class Engine:
         Raises:
             UnknownPlugin: with the nearest name there is.
         """
-        incarnation = self.registry.get(name)
-        status, manifest = incarnation.status, incarnation.manifest
-        head = PluginDescription(
-            name=name,
-            state=status.state.value,
-            reason=None if status.cause is None else status.cause.reason,
-            reason_code=None if status.cause is None else status.cause.reason_code.value,
-            folder=str(incarnation.candidate.folder),
-        )
-        if manifest is None:
-            return head
-        return msgspec.structs.replace(
-            head,
-            version=manifest.version,
-            description=manifest.description,
-            entry=manifest.entry,
-            requires_gpu=manifest.requires_gpu,
-            packages=manifest.packages,
-            models=manifest.models,
-            limits=manifest.limits,
-            tools=_tools(incarnation),
-            checks=tuple(incarnation.findings),
-        )
+        return describe(self.registry.get(name))
 
     async def events(self, after: int = 0) -> AsyncIterator[Event]:
         """Every event after number `after`: replayed from the log, then live. Only durable ones."""
@@ -358,6 +312,7 @@ class Engine:
             Part("plugins", self._settled, f"{len(plugins)} registered" + ("" if self._settled else ", starting")),
             Part("log", state.ok, state.error or f"durable up to {state.durable}, {state.backlog} waiting"),
             Part("audit", audit.ok, audit.error or f"written up to {audit.last}"),
+            Part("sandbox", True, supported().text(self._spawner.exposed)),
             Part(
                 "faults",
                 True,
@@ -412,31 +367,15 @@ class Engine:
         self.faults[name] = Fault(1 if seen is None else seen.count + 1, f"{type(exc).__name__}: {exc}")
 
 
-def _bundled() -> Path:
-    """The folder of the bundled plugins: inside the package when installed, beside it in a checkout."""
-    installed = _PACKAGE / "_bundled"
-    return installed if installed.is_dir() else _PACKAGE.parent / "plugins"
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise _unusable(folder, exc) from exc
 
 
-def _tools(incarnation: Incarnation) -> tuple[ToolDescription, ...]:
-    manifest = incarnation.manifest
-    if manifest is None:
-        return ()
-    described = []
-    for name, tool in manifest.tools.items():
-        info = incarnation.tools.get(name)
-        described.append(
-            ToolDescription(
-                name=name,
-                description=tool.description,
-                timeout_s=manifest.timeout_s(name),
-                rejects=tool.rejects,
-                streams=info is not None and info.streams,
-                progress=info is not None and info.progress,
-                parameters=msgspec.Raw(b"null" if info is None else info.parameters.encode()),
-            )
-        )
-    return tuple(described)
+def _unusable(folder: Path, exc: OSError) -> SetupError:
+    return SetupError(f"the data folder {folder} cannot be used: {exc.strerror}; choose another one")
 
 
 def _remove_stale(folder: Path) -> None:

@@ -1,0 +1,132 @@
+"""Who may ask, and what an error looks like: the one middleware around every route.
+
+Host    a name of this machine's loopback, or the one we bind to   421: DNS rebinding
+Origin  absent, or the very host that is asked                     403: another site's page
+token   `Authorization: Bearer`, where one is set                  401
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+from urllib.parse import urlsplit
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from engine.api.errors import Problem, error_response
+from engine.engine import Engine
+from engine.errors import ReasonCode, UnknownPlugin
+from engine.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+# For a probe: they tell one bit, and only without `?verbose`.
+_OPEN_PATHS = ("/livez", "/readyz")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether a bind address means every interface."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+class Guard:
+    """Decides whether a request may pass. Pure but for the settings it was made from."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._token = settings.token.encode() if settings.token else None
+        # Bound to every interface we cannot know our names; but a token is required there, and no page has it.
+        self._hosts = None if is_wildcard(settings.host) else {*_LOOPBACK_NAMES, settings.host.lower()}
+
+    def check(self, request: web.Request) -> None:
+        """Raises Problem where it may not."""
+        host = request.headers.get("Host", "")
+        if self._hosts is not None and _hostname(host) not in self._hosts:
+            text = f"this server is not `{host}`; ask for it by the address it is bound to"
+            raise Problem(421, text)
+        origin = request.headers.get("Origin")
+        if origin is not None and not _same_origin(origin, host):
+            raise Problem(403, "the request comes from a page of another site; that is not allowed")
+        if self._token is not None and not (request.path in _OPEN_PATHS and "verbose" not in request.query):
+            self._check_token(request.headers.get("Authorization", ""), self._token)
+
+    def _check_token(self, authorization: str, token: bytes) -> None:
+        scheme, _, given = authorization.partition(" ")
+        given_bytes = given.strip().encode("utf-8", "surrogateescape")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given_bytes, token):
+            text = "a token is needed; send the server's in the header `Authorization: Bearer <token>`"
+            raise Problem(401, text, headers={"WWW-Authenticate": 'Bearer realm="holdfast"'})
+
+
+def _hostname(host: str) -> str:
+    """`[::1]:8700` → `::1`."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()
+
+
+def _same_origin(origin: str, host: str) -> bool:
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
+
+
+def middleware(engine: Engine) -> Middleware:
+    """Guards every request, and makes an answer of everything that a handler raises."""
+    guard = Guard(engine.settings)
+
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            guard.check(request)
+            return await handler(request)
+        except Problem as problem:
+            return error_response(request, problem)
+        except UnknownPlugin as exc:
+            return error_response(request, Problem(404, str(exc), ReasonCode.UNKNOWN_PLUGIN))
+        except web.HTTPException as exc:
+            return error_response(request, _routing_problem(request, exc))
+        except ConnectionError:  # the caller is gone; nobody is left to answer
+            raise
+        except Exception as exc:  # our own fault, whatever it is: counted, logged, and told
+            name = f"http {request.method} {_route_of(request)}"
+            engine.note_fault(name, exc)
+            # In a thread: to show a stack, its source files are read.
+            await asyncio.to_thread(log.error, "http_fault", route=name, exc_info=exc)
+            text = f"the engine itself failed on this request ({type(exc).__name__}); see its log, ask again"
+            return error_response(request, Problem(503, text, ReasonCode.ENGINE_FAULT))
+
+    return guarded
+
+
+def _route_of(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return "?" if resource is None else resource.canonical
+
+
+def _routing_problem(request: web.Request, exc: web.HTTPException) -> Problem:
+    headers = {name: value for name, value in exc.headers.items() if name in ("Allow", "Location")}
+    if exc.status == 404:
+        return Problem(404, f"there is no `{request.path}` here; /openapi.json lists the routes")
+    if exc.status == 405:
+        allowed = exc.headers.get("Allow", "")
+        return Problem(
+            405, f"`{request.path}` does not take {request.method}; it takes {allowed}", headers=headers
+        )
+    return Problem(exc.status, exc.text or exc.reason, headers=headers)
