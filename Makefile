@@ -4,6 +4,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 
 VENV := .venv
+BENCH := benchmarks/.venv
 PY := $(VENV)/bin/python
 LOCK := requirements.lock
 PLUGINS := $(patsubst plugins/%/plugin.toml,%,$(wildcard plugins/*/plugin.toml))
@@ -13,10 +14,10 @@ comma := ,
 RUN_EXTRAS := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo vision-torch || echo vision)
 DEV_EXTRAS := vision-torch-dev
 
-.PHONY: help run test check lock clean
+.PHONY: help run test check docs bench-faults lock clean
 
 help: ## show this
-	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
 run: $(VENV)/.ready-$(RUN_EXTRAS) ## start the server with the bundled plugins; ARGS="--port 9000" passes more
 	@$(VENV)/bin/holdfast serve --data var $(ARGS)
@@ -31,11 +32,18 @@ check: $(VENV)/.ready-$(DEV_EXTRAS) ## lint, format, types, import directions
 	@set -e; for plugin in $(PLUGINS); do MYPYPATH=plugins/$$plugin $(VENV)/bin/mypy --strict plugins/$$plugin; done
 	@$(VENV)/bin/lint-imports
 
+docs: $(VENV)/.ready-$(DEV_EXTRAS) ## write the pages that are made from the code
+	@$(PY) -m engine.lifecycle.diagram > docs/lifecycle.md
+	@$(PY) -m engine.settings_page > docs/settings.md
+
+bench-faults: $(BENCH)/.ready ## ten faults against Holdfast and its peers, side by side; ARGS="--fault segfaults" passes more
+	@$(BENCH)/bin/python -m benchmarks.faults $(ARGS)
+
 lock: $(PY) ## resolve the newest versions that pyproject.toml allows into requirements.lock
 	@sh .ci/lock $(PY) $(LOCK)
 
 clean: ## remove the virtual environment, builds and caches; never var/, which is data
-	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) $(BENCH) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -47,4 +55,12 @@ $(VENV)/.ready-%: $(LOCK) pyproject.toml | $(PY)
 	@echo "installing holdfast [$(subst -,$(comma) ,$*)] into $(VENV)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c $(LOCK) hatchling editables
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(LOCK) -e '.[$(subst -,$(comma),$*)]'
+	@touch $@
+
+# Holdfast as it is in this checkout, and its peers, in an environment of their own.
+$(BENCH)/.ready: benchmarks/requirements.txt $(LOCK) pyproject.toml
+	@echo "installing holdfast and its peers into $(BENCH)"
+	@test -x $(BENCH)/bin/python || sh .ci/venv $(BENCH)
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -r benchmarks/requirements.txt hatchling editables
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(LOCK) -e .
 	@touch $@

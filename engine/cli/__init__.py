@@ -1,0 +1,10 @@
+"""The command line: `holdfast`, and `python -m engine`."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    from engine.cli.app import run_command_line
+
+    raise SystemExit(run_command_line())
