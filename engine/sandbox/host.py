@@ -16,12 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import signal
 import socket
-import struct
-import termios
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -43,6 +40,7 @@ from engine.sandbox.verdict import (
     Verdict,
     failed_call,
     failed_start,
+    stack_is_whole,
     stage_name,
     verdict,
 )
@@ -50,7 +48,6 @@ from engine.sandbox.verdict import (
 log = structlog.get_logger(__name__)
 
 _STACK_WAIT_S = 1.0  # for a hung worker's stack: under a millisecond, once it is given a CPU
-_STACK_QUIET_S = 0.01  # the dump is many small writes; without one for so long it is whole
 _STACK_BYTES = 65536  # the capacity of a pipe
 _EXIT_WAIT_S = 0.25  # between the channel's end and the process's, before it counts as a breach
 # Arguments of this size take a while to decode, and that time is not the tool's.
@@ -164,6 +161,7 @@ class Worker:
         self._ending: Ending | None = None
         self._breach = ""
         self._known: Cause | None = None
+        self._stack = b""
         self._limit_s = 0.0
         self._log_rate = RateLimit(spec.log_lines_per_s)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -346,19 +344,29 @@ class Worker:
 
     async def _ask_for_stack(self) -> None:
         """Have faulthandler write where the worker hangs. It answers even inside C code, if not for ever."""
-        answered = asyncio.Event()
-        self._loop.add_reader(self._stack_fd, answered.set)
+        arrived = asyncio.Event()
+        self._loop.add_reader(self._stack_fd, arrived.set)
         self._signal(wire.DUMP_SIGNAL)
         try:
-            await asyncio.wait_for(answered.wait(), _STACK_WAIT_S)
-            seen = 0
-            while (size := _unread_bytes(self._stack_fd)) > seen:
-                seen = size
-                await asyncio.sleep(_STACK_QUIET_S)
+            async with asyncio.timeout(_STACK_WAIT_S):
+                while not stack_is_whole(self._stack):
+                    arrived.clear()
+                    await arrived.wait()
+                    if not self._read_stack():
+                        break
         except TimeoutError:
             log.info("no_stack", pid=self.pid)
         finally:
             self._loop.remove_reader(self._stack_fd)
+
+    def _read_stack(self) -> bool:
+        """Take what faulthandler has written so far; of too much, the end. False once nothing more can come."""
+        try:
+            chunk = os.read(self._stack_fd, _STACK_BYTES)
+        except BlockingIOError:
+            return True
+        self._stack = (self._stack + chunk)[-_STACK_BYTES:]
+        return bool(chunk)
 
     def _signal(self, number: int) -> None:
         """By pidfd: a pid may long be somebody else's."""
@@ -396,10 +404,7 @@ class Worker:
             doing = f"`{self._running.tool}`"
         else:
             doing = "" if self._started.done() else stage_name(self._stage) or "its start"
-        try:
-            stack = os.read(self._stack_fd, _STACK_BYTES).decode("utf-8", "replace")
-        except BlockingIOError:
-            stack = ""
+        self._read_stack()
         return Evidence(
             folder=self._spec.start.folder,
             doing=doing,
@@ -410,7 +415,7 @@ class Worker:
             memory_limit_bytes=self.memory_limit_bytes,
             memory_peak_bytes=self.memory_peak_bytes,
             oom_kills=oom_kills,
-            stack=stack,
+            stack=self._stack.decode("utf-8", "replace"),
             main_thread=self._main_thread,
             output_tail=self._output.tail(),
         )
@@ -519,12 +524,6 @@ def _unsendable(arguments: Mapping[str, Any] | wire.Encoded, exc: Exception) -> 
         except Exception as own:  # as before
             return f"argument `{name}` cannot be sent: {type(own).__name__}: {own}"
     return f"the arguments cannot be sent: {type(exc).__name__}: {exc}"
-
-
-def _unread_bytes(fd: int) -> int:
-    """How much a pipe holds."""
-    (size,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
-    return int(size)
 
 
 def _make_array(typestr: str, shape: tuple[int, ...], data: memoryview, _span: arena.Span | None) -> Array:

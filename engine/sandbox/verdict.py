@@ -101,6 +101,7 @@ _NO_MEMORY = re.compile(
 )
 _SELF_SIGNAL = re.compile(r"^self-signal (\d+) at (.+)$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
+_LAST_FRAME = re.compile(rb'(worker/__main__\.py", line \d+ in <module>|^  \.\.\.)\n\Z', re.MULTILINE)
 _THREAD = re.compile(r"^(?P<current>Current thread|Thread) 0x(?P<id>[0-9a-f]+)")
 
 
@@ -270,6 +271,12 @@ def failed_start(report: wire.StartFailed, memory_limit_bytes: int) -> Cause:
             )
             return Cause(ReasonCode.VALIDATE_FAILED, text)
     return Cause(_STAGE_CODES.get(report.stage, ReasonCode.INIT_ERROR), f"{report.message}; mend it, then restart")
+
+
+def stack_is_whole(stack: bytes) -> bool:
+    """Whether a dump on request has come to its end: many small writes, of which the last is our own main module's
+    frame (faulthandler writes the main thread last), or the sign that it has cut a deep stack."""
+    return _LAST_FRAME.search(stack) is not None
 
 
 def fatal_place(evidence: Evidence) -> str:
