@@ -184,6 +184,7 @@ TABLE = [
     killed(Moment.KILLED, signal.SIGKILL, "^SIGKILL from outside the engine", "during `waits`"),
     killed(Moment.IDLE_KILLED, signal.SIGTERM, "^SIGTERM from outside the engine", "while it was idle"),
     killed(Moment.IDLE_KILLED, signal.SIGKILL, "^SIGKILL from outside the engine", "while it was idle"),
+    killed(Moment.IDLE_KILLED, signal.SIGSEGV, "^SIGSEGV from outside the engine", "while it was idle"),
 ]
 
 

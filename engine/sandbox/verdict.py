@@ -102,6 +102,7 @@ _NO_MEMORY = re.compile(
 _SELF_SIGNAL = re.compile(r"^self-signal (\d+) at (.+)$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 _LAST_FRAME = re.compile(rb'(worker/__main__\.py", line \d+ in <module>|^  \.\.\.)\n\Z', re.MULTILINE)
+_WAITS = ("engine/worker/serve.py", "receive")
 _THREAD = re.compile(r"^(?P<current>Current thread|Thread) 0x(?P<id>[0-9a-f]+)")
 
 
@@ -161,7 +162,7 @@ def _signalled(status: ExitStatus, evidence: Evidence, doing: str, at: str) -> V
     if number == signal.SIGKILL and evidence.oom_kills:
         text = f"the kernel ended it for want of memory{doing}: {_raise(evidence)}"
         return _cause(ReasonCode.MEMORY_LIMIT, evidence, text)
-    if number in _SIGNAL_MEANING:
+    if number in _SIGNAL_MEANING and not _only_waited(evidence):
         meaning = _SIGNAL_MEANING[signal.Signals(number)]
         text = f"{name}{at}{doing}: {meaning}; mend the native code that was called there, then restart the plugin"
         return _cause(ReasonCode.WORKER_SIGNAL, evidence, text)
@@ -283,6 +284,14 @@ def fatal_place(evidence: Evidence) -> str:
     """Where the thread that crashed was, from faulthandler's last words; "" where they do not say."""
     _, _, fatal = evidence.stack.rpartition("Fatal Python error")
     return _place(_threads(fatal), None, evidence.folder)
+
+
+def _only_waited(evidence: Evidence) -> bool:
+    """Whether the thread that took the signal was our own, waiting for the next call: it does nothing that could
+    fault, so somebody sent the signal."""
+    _, _, fatal = evidence.stack.rpartition("Fatal Python error")
+    frames = _threads(fatal).get(None)
+    return bool(frames) and frames[0][0].endswith(_WAITS[0]) and frames[0][2] == _WAITS[1]
 
 
 def hang_place(evidence: Evidence) -> str:
