@@ -24,6 +24,7 @@ from engine.lifecycle.states import Trigger
 from engine.loader.discovery import discover, reread
 from engine.loader.gpu import GpuCheck
 from engine.outcome import Outcome, Refused
+from engine.pulse import Pulse
 from engine.registry import Incarnation, PluginRegistry
 from engine.runner import ToolRunner
 from engine.sandbox.containment import supported
@@ -74,6 +75,7 @@ class Engine:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._starts: dict[str, asyncio.Task[None]] = {}  # the latest of each plugin
         self._restarting: dict[str, asyncio.Lock] = {}
+        self._pulse = Pulse()
         self._settled = False
         self._stopping = False
 
@@ -110,6 +112,7 @@ class Engine:
             stack.push_async_callback(self._cancel_tasks)
             self._watch = MemoryWatch(settings.memory_interval_s, self.note_fault)
             self._own("memory_watch", self._watch.run())
+            self._own("pulse", self._pulse.run())
             gpu = GpuCheck(timeout_s=settings.gpu_check_timeout_s)
             self.registry = PluginRegistry(self.bus)
             self._starter = Starter(settings, self.bus, self._spawner, self._watch, gpu, self._fail)
@@ -154,6 +157,9 @@ class Engine:
         self.bus = EventBus(HealthProjection(views), last=last)
         self.metrics = Metrics()
         self.metrics.watch(bus=self.bus, log=self.log, audit=self.audit, engine_faults=self._fault_count)
+        pulse = self._pulse
+        self.metrics.gauge("holdfast_loop_lag_seconds", "How late the event loop is.", lambda: pulse.lag_s)
+        self.metrics.counter("holdfast_loop_blocks", "How often the event loop was blocked.", lambda: pulse.blocks)
         self.bus.subscribe(self.log)
         self.bus.subscribe(self.metrics)
         self.bus.publish(EngineStarted(VERSION, os.getpid()))
@@ -312,6 +318,7 @@ class Engine:
             Part("plugins", self._settled, f"{len(plugins)} registered" + ("" if self._settled else ", starting")),
             Part("log", state.ok, state.error or f"durable up to {state.durable}, {state.backlog} waiting"),
             Part("audit", audit.ok, audit.error or f"written up to {audit.last}"),
+            Part("loop", True, f"{self._pulse.lag_s * 1000:.0f} ms late, blocked {self._pulse.blocks} times"),
             Part("sandbox", True, supported().text(self._spawner.exposed)),
             Part(
                 "faults",
