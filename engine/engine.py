@@ -18,6 +18,8 @@ import msgspec
 import structlog
 
 from engine.call import OnProgress, Stream
+from engine.crash_store import CrashStore
+from engine.crashes import Crash
 from engine.description import PluginDescription, describe
 from engine.errors import Cause, ReasonCode, SetupError, UnknownPlugin
 from engine.lifecycle.states import Trigger
@@ -47,6 +49,7 @@ try:
 except PackageNotFoundError:  # a checkout that is not installed
     VERSION = "0"
 
+_DYING_WAIT_S = 2.0  # for a worker that was killed
 _RESTARTED = Cause(ReasonCode.RESTARTED, "the plugin was restarted while the call waited; call again")
 _STOPPING = Cause(ReasonCode.ENGINE_STOPPING, "the engine stopped while the call waited; call another one")
 
@@ -107,7 +110,10 @@ class Engine:
             await self._open_events(data_dir, stack)
             self.scratch_root = data_dir / "scratch" / self.instance.rpartition("/")[2]
             await asyncio.to_thread(_remove_stale, self.scratch_root.parent)
-            self._spawner = Spawner(self.scratch_root, private=(data_dir, Path(CONFIG_FILE)))
+            self._crashes = CrashStore(data_dir / "crashes", settings.crash_bundles, self.note_fault)
+            stack.push_async_callback(self._crashes.close)
+            private = (data_dir, Path(CONFIG_FILE), settings.token_file)
+            self._spawner = Spawner(self.scratch_root, private=tuple(path for path in private if path is not None))
             stack.push_async_callback(self._spawner.close)
             stack.push_async_callback(self._cancel_tasks)
             self._watch = MemoryWatch(settings.memory_interval_s, self.note_fault)
@@ -115,7 +121,7 @@ class Engine:
             self._own("pulse", self._pulse.run())
             gpu = GpuCheck(timeout_s=settings.gpu_check_timeout_s)
             self.registry = PluginRegistry(self.bus)
-            self._starter = Starter(settings, self.bus, self._spawner, self._watch, gpu, self._fail)
+            self._starter = Starter(settings, self.bus, self._spawner, self._watch, gpu, self._crashes, self._fail)
             self._runner = ToolRunner(settings, self.registry, self.bus, self._fail, self.note_fault)
             for candidate in candidates:
                 self.registry.begin(candidate)
@@ -301,6 +307,19 @@ class Engine:
             UnknownPlugin: with the nearest name there is.
         """
         return describe(self.registry.get(name))
+
+    async def crashes(self, name: str) -> list[Crash]:
+        """How the plugin's workers died, in this incarnation and those before it, the newest first.
+
+        Includes a death that is still being told: of a call that was just answered with what broke.
+
+        Raises:
+            UnknownPlugin: with the nearest name there is.
+        """
+        self.registry.get(name)
+        if dying := [task for task in self._tasks if task.get_name() == f"end {name}"]:
+            await asyncio.wait(dying, timeout=_DYING_WAIT_S)
+        return await self._crashes.of(name)
 
     async def events(self, after: int = 0) -> AsyncIterator[Event]:
         """Every event after number `after`: replayed from the log, then live. Only durable ones."""

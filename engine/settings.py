@@ -47,11 +47,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     retain_events: Count = 1_000_000  # of these latest events calls and log lines are kept (about 400 MB)
     retain_days: Annotated[float, Meta(gt=0)] | None = None  # older calls and log lines go too
+    crash_bundles: Count = 20  # kept per plugin, the latest; 64 KiB each at most
 
     # Server
     host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"  # the address to bind
     port: Annotated[int, Meta(ge=0, le=65_535)] = 8700  # 0 takes a free one
     token: Annotated[str, Meta(pattern=r"^[!-~]+$")] | None = None  # required for any host but loopback
+    token_file: Path | None = None  # more tokens, as digests, each with a role; see `holdfast token`
     max_body_bytes: Count = 1024 * 1024 * 1024  # an upload
     max_json_bytes: Count = 64 * 1024 * 1024  # a JSON body
 

@@ -20,6 +20,7 @@ from support import settings_for, write_plugin
 
 from engine import Engine
 from engine.api.app import create_app
+from engine.api.tokens import Tokens
 
 Client = TestClient[web.Request, web.Application]
 
@@ -133,7 +134,7 @@ async def serving(
 @asynccontextmanager
 async def client_of(engine: Engine, keys: dict[Any, Any] | None = None) -> AsyncIterator[Client]:
     """A client of a server around an engine; the engine is the caller's."""
-    app = create_app(engine)
+    app = create_app(engine, await asyncio.to_thread(Tokens, engine.settings))
     for key, value in (keys or {}).items():
         app[key] = value
     async with TestClient(TestServer(app)) as client:

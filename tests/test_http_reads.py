@@ -13,6 +13,7 @@ from support import next_event, settings_for, write_honest, write_plugin
 from engine import Engine
 from engine.api.app import all_routes, create_app
 from engine.api.keys import ENGINE
+from engine.api.tokens import Tokens
 
 HEALTH_KEYS = [
     *("name", "state", "reason", "reason_code", "version", "description", "incarnation", "uptime_seconds"),
@@ -277,7 +278,7 @@ async def test_a_fault_of_our_own_is_a_counted_503(
 
 async def test_the_table_is_all_there_is(plugins: Path, data_dir: Path) -> None:
     engine = Engine(settings_for(plugins, data_dir))
-    app = create_app(engine)
+    app = create_app(engine, Tokens(engine.settings))
     registered = {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource}
     table = {(route.method, route.path) for route in all_routes()}
     assert {entry for entry in registered if entry[0] != "HEAD"} == table

@@ -20,6 +20,7 @@ from engine.api.guard import is_loopback, middleware
 from engine.api.keys import BACKGROUND, ENGINE, KEEP_ALIVE_S, STALL_S, STREAMS, Background, Streams
 from engine.api.openapi import Answer, Route, document
 from engine.api.routes import ROUTES
+from engine.api.tokens import Tokens
 from engine.engine import VERSION, Engine
 from engine.errors import SetupError
 from engine.settings import Settings
@@ -49,15 +50,20 @@ async def _openapi(request: web.Request) -> web.Response:
 _DOCUMENT = web.AppKey("openapi", bytes)
 
 
-def create_app(engine: Engine) -> web.Application:
-    """The HTTP side of an engine that is open. Opening, settling and closing it is the caller's."""
-    app = web.Application(middlewares=[middleware(engine)])
+def create_app(engine: Engine, tokens: Tokens) -> web.Application:
+    """The HTTP side of an engine that is open. Opening, settling and closing it is the caller's.
+
+    Args:
+        engine: that is open.
+        tokens: who may ask.
+    """
+    routes = all_routes()
+    app = web.Application(middlewares=[middleware(engine, tokens, {(r.method, r.path): r.role for r in routes})])
     app[ENGINE] = engine
     app[BACKGROUND] = Background()
     app[STREAMS] = Streams()
     app[KEEP_ALIVE_S] = KEEP_ALIVE_DEFAULT_S
     app[STALL_S] = engine.settings.stream_stall_s
-    routes = all_routes()
     app[_DOCUMENT] = document(routes, VERSION)
     for route in routes:
         app.router.add_route(route.method, route.path, route.handler)
@@ -90,6 +96,7 @@ async def serve(settings: Settings, *, announce: Announce | None = None, settled
     Raises:
         SetupError: it cannot start as asked; one line, with the next step.
     """
+    tokens = await asyncio.to_thread(Tokens, settings)
     with contextlib.closing(await asyncio.to_thread(bind, settings)) as listener:
         engine = Engine(settings)
         with _signals() as stop:
@@ -97,7 +104,10 @@ async def serve(settings: Settings, *, announce: Announce | None = None, settled
             async with contextlib.AsyncExitStack() as stack:
                 stack.push_async_callback(engine.close)
                 runner = web.AppRunner(
-                    create_app(engine), access_log=None, handler_cancellation=True, shutdown_timeout=_FINISH_S
+                    create_app(engine, tokens),
+                    access_log=None,
+                    handler_cancellation=True,
+                    shutdown_timeout=_FINISH_S,
                 )
                 await runner.setup()
                 await web.SockSite(runner, listener, backlog=_BACKLOG).start()
@@ -164,8 +174,8 @@ def bind(settings: Settings) -> socket.socket:
         raise SetupError(
             f"the host `{settings.host}` is not known ({exc}); choose an address of this machine"
         ) from exc
-    if not is_loopback(str(address[0])) and not settings.token:
-        raise SetupError(f"{where} can be reached by others; set a token, or bind to 127.0.0.1")
+    if not is_loopback(str(address[0])) and not settings.token and settings.token_file is None:
+        raise SetupError(f"{where} can be reached by others; set a token or a token_file, or bind to 127.0.0.1")
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

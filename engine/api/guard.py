@@ -2,14 +2,15 @@
 
 Host    a name of this machine's loopback, or the one we bind to   421: DNS rebinding
 Origin  absent, or the very host that is asked                     403: another site's page
-token   `Authorization: Bearer`, where one is set                  401
+token   `Authorization: Bearer`, where there are tokens            401; 403 where its role is not enough
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
+from collections.abc import Mapping
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 import structlog
@@ -17,11 +18,14 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from engine.api.errors import Problem, error_response
+from engine.api.tokens import Role, Tokens
 from engine.engine import Engine
 from engine.errors import ReasonCode, UnknownPlugin
 from engine.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+Roles: TypeAlias = Mapping[tuple[str, str], Role]
 
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 # For a probe: they tell one bit, and only without `?verbose`.
@@ -47,8 +51,9 @@ def is_wildcard(host: str) -> bool:
 class Guard:
     """Decides whether a request may pass. Pure but for the settings it was made from."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._token = settings.token.encode() if settings.token else None
+    def __init__(self, settings: Settings, tokens: Tokens, roles: Roles) -> None:
+        self._tokens = tokens
+        self._roles = roles
         # Bound to every interface we cannot know our names; but a token is required there, and no page has it.
         self._hosts = None if is_wildcard(settings.host) else {*_LOOPBACK_NAMES, settings.host.lower()}
 
@@ -61,15 +66,21 @@ class Guard:
         origin = request.headers.get("Origin")
         if origin is not None and not _same_origin(origin, host):
             raise Problem(403, "the request comes from a page of another site; that is not allowed")
-        if self._token is not None and not (request.path in _OPEN_PATHS and "verbose" not in request.query):
-            self._check_token(request.headers.get("Authorization", ""), self._token)
+        if self._tokens.required and not (request.path in _OPEN_PATHS and "verbose" not in request.query):
+            method = "GET" if request.method == "HEAD" else request.method
+            self._check_token(request, self._roles.get((method, _route_of(request)), Role.READ))
 
-    def _check_token(self, authorization: str, token: bytes) -> None:
-        scheme, _, given = authorization.partition(" ")
-        given_bytes = given.strip().encode("utf-8", "surrogateescape")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given_bytes, token):
-            text = "a token is needed; send the server's in the header `Authorization: Bearer <token>`"
+    def _check_token(self, request: web.Request, needed: Role) -> None:
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        token = self._tokens.find(given.strip()) if scheme.lower() == "bearer" else None
+        if token is None:
+            text = "a token is needed; send one of the server's in the header `Authorization: Bearer <token>`"
             raise Problem(401, text, headers={"WWW-Authenticate": 'Bearer realm="holdfast"'})
+        if not token.role.includes(needed):
+            text = (
+                f"the token `{token.name}` may {token.role.value}, this needs `{needed.value}`; use another token"
+            )
+            raise Problem(403, text)
 
 
 def _hostname(host: str) -> str:
@@ -87,9 +98,15 @@ def _same_origin(origin: str, host: str) -> bool:
     return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
 
 
-def middleware(engine: Engine) -> Middleware:
-    """Guards every request, and makes an answer of everything that a handler raises."""
-    guard = Guard(engine.settings)
+def middleware(engine: Engine, tokens: Tokens, roles: Roles) -> Middleware:
+    """Guards every request, and makes an answer of everything that a handler raises.
+
+    Args:
+        engine: whose settings say who may ask.
+        tokens: that it knows.
+        roles: what a route needs, by (method, path).
+    """
+    guard = Guard(engine.settings, tokens, roles)
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:

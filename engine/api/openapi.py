@@ -12,6 +12,7 @@ import msgspec
 from aiohttp.typedefs import Handler
 
 from engine.api.errors import JSON_TYPE, ErrorBody
+from engine.api.tokens import Role
 
 Schema: TypeAlias = dict[str, Any]
 # By media type: the type that is encoded, several of which one is, or a schema of what has no type.
@@ -51,6 +52,7 @@ class Route(NamedTuple):
     parameters: Sequence[Parameter] = ()
     body: Content | None = None
     open: bool = False  # answers without a token
+    role: Role = Role.READ  # what the token has to allow
     endless: bool = False  # its answer may have no end, so there is no HEAD
 
 
@@ -58,7 +60,7 @@ class Route(NamedTuple):
 COMMON = (
     Answer(400, "No valid HTTP.", {"text/plain": _TEXT, JSON_TYPE: ErrorBody}),
     Answer(401, "The token is missing or wrong.", headers=("WWW-Authenticate",)),
-    Answer(403, "The request comes from a page of another site."),
+    Answer(403, "The request comes from a page of another site, or its token does not allow it."),
     Answer(421, "`Host` is not this server: DNS rebinding."),
 )
 

@@ -33,6 +33,11 @@ async def health(request: web.Request) -> web.Response:
     return _json(request.app[ENGINE].health(request.match_info["name"]))
 
 
+async def crashes(request: web.Request) -> web.Response:
+    """How a plugin's workers died."""
+    return _json(await request.app[ENGINE].crashes(request.match_info["name"]))
+
+
 async def restart(request: web.Request) -> web.Response:
     """End the plugin's incarnation and begin the next; answers once that has settled."""
     try:

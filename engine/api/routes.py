@@ -8,6 +8,8 @@ from engine.api import events, ndjson, plugins, probes, run
 from engine.api.answers import FailedCall
 from engine.api.errors import JSON_TYPE, ErrorBody
 from engine.api.openapi import Answer, Parameter, Route
+from engine.api.tokens import Role
+from engine.crashes import Crash
 from engine.description import PluginDescription
 from engine.outcome import Completed
 from events.envelope import EVENT_TYPES
@@ -96,6 +98,15 @@ ROUTES = (
         (_NAME,),
     ),
     Route(
+        "GET",
+        "/v1/plugins/{name}/crashes",
+        plugins.crashes,
+        "plugin_crashes",
+        "How a plugin's workers died, with the evidence; the newest first.",
+        (Answer(200, "Its crash bundles; none is an empty array.", {JSON_TYPE: list[Crash]}), _UNKNOWN),
+        (_NAME,),
+    ),
+    Route(
         "POST",
         "/v1/plugins/{name}/tools/{tool}/run",
         run.run,
@@ -104,6 +115,7 @@ ROUTES = (
         _RUN_ANSWERS,
         (_NAME, _TOOL, _REQUEST_ID),
         _RUN_BODY,
+        role=Role.RUN,
     ),
     Route(
         "POST",
@@ -117,6 +129,7 @@ ROUTES = (
             Answer(503, "The engine is stopping."),
         ),
         (_NAME,),
+        role=Role.ADMIN,
     ),
     Route(
         "GET",

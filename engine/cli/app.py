@@ -142,6 +142,15 @@ def health(name: Name, url: Url = DEFAULT_URL, token: Token = None, json: Json =
 
 
 @app.command()
+def crashes(name: Name, url: Url = DEFAULT_URL, token: Token = None, json: Json = False) -> None:
+    """Show how a plugin's workers died, the newest first; --json has all the evidence."""
+    from engine.cli import look
+    from engine.cli.http import Server
+
+    _finish(lambda: look.show_crashes(Server(url, token), name, json=json))
+
+
+@app.command()
 def restart(name: Name, url: Url = DEFAULT_URL, token: Token = None, json: Json = False) -> None:
     """Begin a plugin's next incarnation, read again from disk; exit 1 where it does not come into service."""
     from engine.cli import look
@@ -195,6 +204,29 @@ def verify(file: Annotated[Path, typer.Argument(metavar="FILE")], json: Json = F
     else:
         note(f"{file}: line {report.bad_line} is {report.trouble}: {report.detail}; trust what stands before it")
     raise typer.Exit(ExitCode.FINE if report.ok else ExitCode.PLUGIN_FAILED)
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose token it is; shown where it is not enough.")],
+    role: Annotated[str, typer.Option(help="read, run or admin; each includes those before it.")] = "run",
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="The token_file to add it to.")] = None,
+) -> None:
+    """Make a token: printed once, and kept as a digest only. Restart the server to make it known."""
+    from engine.api.tokens import Role, add, make
+
+    try:
+        made, entry = make(name, Role(role))
+    except ValueError as exc:
+        step = f"give a name of letters and digits, and a role of {', '.join(Role)}"
+        raise Failure(ExitCode.WRONG_USE, f"{exc}; {step}") from None
+    if file is None:
+        note("add this to the file that the setting token_file names:")
+        print(entry, file=sys.stderr)
+    else:
+        add(file, entry)
+        note(f"{name} may {role} now; its digest is in {file}")
+    print(made)
 
 
 def _finish(work: Callable[[], Coroutine[Any, Any, ExitCode]]) -> None:

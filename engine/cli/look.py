@@ -1,4 +1,4 @@
-"""What a running server says: `list`, `health`, `restart`, `events`."""
+"""What a running server says: `list`, `health`, `crashes`, `restart`, `events`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,26 @@ async def show_health(server: Server, name: str, *, json: bool, restart: bool = 
         rows = [(key, _cell(value)) for key, value in health.items()]
         table(("FIELD", "VALUE"), rows)
     return ExitCode.PLUGIN_FAILED if health["state"] in _OUT_OF_SERVICE else ExitCode.FINE
+
+
+async def show_crashes(server: Server, name: str, *, json: bool) -> ExitCode:
+    """How a plugin's workers died, the newest first."""
+    async with server:
+        crashes = await server.read(list[dict[str, Any]], "GET", f"/v1/plugins/{quote(name, safe='')}/crashes")
+    if json:
+        write_json(crashes)
+    else:
+        head = ("TIME", "BY", "EXIT", "DURING", "RAN_MS", "PEAK_MIB", "INCARNATION", "PID", "REASON")
+        table(head, [_crash_row(crash) for crash in crashes])
+    return ExitCode.FINE
+
+
+def _crash_row(crash: Mapping[str, Any]) -> list[str]:
+    ended = crash["exit_code"] if crash["signal"] is None else crash["signal"]
+    peak_mib = crash["memory"]["peak_bytes"] // (1024 * 1024)
+    ran_ms = None if crash["ran_ms"] is None else round(crash["ran_ms"])
+    numbers = (ran_ms, peak_mib, crash["incarnation"], crash["pid"])
+    return [crash["time"], crash["by"], *map(_cell, (ended, crash["doing"], *numbers)), _why(crash)]
 
 
 def _cell(value: Any) -> str:
