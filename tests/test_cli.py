@@ -148,7 +148,7 @@ def one_line(text: str) -> str:
 def test_help_and_version_answer_on_stdout(tmp_path: Path) -> None:
     shown = holdfast("--help", cwd=tmp_path)
     assert (shown.returncode, shown.stderr) == (0, "")
-    for command in ("serve", "run", "list", "health", "restart", "events", "check", "audit"):
+    for command in ("serve", "run", "list", "health", "crashes", "restart", "events", "check", "audit"):
         assert f"\n  {command} " in shown.stdout
     version = holdfast("--version", cwd=tmp_path)
     assert version.returncode == 0
@@ -199,7 +199,8 @@ def test_wrong_use_is_one_line_and_exit_2(
 def test_no_server_is_exit_3_and_says_how_to_start_one(tmp_path: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         free = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    commands = [["list"], ["health", "x"], ["restart", "x"], ["events"], ["run", "x", "y"]]
+    commands = [["list"], ["health", "x"], ["crashes", "x"], ["restart", "x"], ["events"]]
+    commands.append(["run", "x", "y"])
     for missing in together(*([*words, "--url", free] for words in commands), cwd=tmp_path):
         assert (missing.returncode, missing.stdout) == (3, "")
         assert f"no server answers at {free} (Connection refused); start one" in one_line(missing.stderr)

@@ -132,7 +132,7 @@ async def test_a_body_too_large_is_413(plugins: Path, data_dir: Path) -> None:
         parts = aiohttp.MultipartWriter("form-data")
         parts.append(slowly(100, 200)).set_content_disposition("form-data", name="file", filename="a.bin")
         async with lab.http.post("/v1/plugins/lab/tools/size/run", data=parts) as response:
-            assert response.status == 413
+            assert response.status == 413, await response.text()
         await until(lambda: not uploads(lab))
         text = form({"file": ("a", b"x")}, note="y" * 2000)
         async with lab.http.post("/v1/plugins/lab/tools/size/run", data=text) as response:
@@ -234,7 +234,7 @@ async def test_a_form_brings_files_and_text(plugins: Path, data_dir: Path) -> No
             assert response.status == 200, outcome
         value = outcome["value"]
         assert (value["bytes"], value["note"], value["count"]) == (3_000_000, "a note", 3)
-        assert value["name"] == "1.mp4"
+        assert value["name"] == "_2F.._2Fetc_2FClip.MP4"  # recognizable, and no path
         assert Path(value["path"]).is_relative_to(lab.engine.scratch_root)
         assert not uploads(lab)
         data = form({"data": ("b.bin; rm -rf", b"\x00\xff\x01")})
@@ -272,6 +272,20 @@ async def test_malformed_forms_are_422(plugins: Path, data_dir: Path) -> None:
                     assert (response.status, outcome["reason_code"]) == (422, "bad_input"), (body, outcome)
         await until(lambda: not uploads(lab))
         assert lab.engine.health("lab").state == "INITIALIZED"
+
+
+async def test_a_form_of_empty_lines_is_refused_before_it_is_read(plugins: Path, data_dir: Path) -> None:
+    write_lab(plugins)
+    async with serving(plugins, data_dir) as lab:
+        async with lab.http.post(
+            "/v1/plugins/lab/tools/size/run",
+            data=b"\r\n" * 200_000,
+            headers={"Content-Type": "multipart/form-data; boundary=A"},
+        ) as response:
+            outcome = await response.json()
+            assert (response.status, outcome["reason_code"]) == (422, "bad_input")
+            assert "lines" in outcome["error"]
+        assert lab.engine._pulse.blocks == 0
 
 
 async def test_an_upload_that_stalls_is_408_and_removed(plugins: Path, data_dir: Path) -> None:

@@ -28,6 +28,7 @@ from engine.settings import Settings
 log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_DEFAULT_S = 15.0
+_KEEP_OPEN_S = 75.0  # for a connection between two requests
 _FINISH_S = 5.0  # for answers that are still going out when the engine has closed
 _BACKLOG = 1024
 
@@ -108,6 +109,7 @@ async def serve(settings: Settings, *, announce: Announce | None = None, settled
                     access_log=None,
                     handler_cancellation=True,
                     shutdown_timeout=_FINISH_S,
+                    keepalive_timeout=_KEEP_OPEN_S,
                 )
                 await runner.setup()
                 await web.SockSite(runner, listener, backlog=_BACKLOG).start()

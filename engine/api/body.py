@@ -13,9 +13,9 @@ import uuid
 from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
-from aiohttp import BodyPartReader, web
+from aiohttp import BodyPartReader, MultipartReader, StreamReader, web
 
 from engine.errors import ReasonCode
 from engine.sandbox.values import FilePart, encode
@@ -27,7 +27,9 @@ _FRAME_ROOM_BYTES = 65536  # in a frame, for what goes around the arguments
 _CHUNK_BYTES = 256 * 1024
 _WRITE_BYTES = 1024 * 1024  # handed to a thread at once
 _MAX_PARTS = 256
-_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,10}")
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9._-]")
+_MAX_NAME = 100
+_MAX_LINES = 20_000  # of preamble and part headers: what lies inside of a part is not read by the line
 _PLAIN = ("binary", "8bit", "7bit")
 
 
@@ -56,7 +58,10 @@ class BodyLimits(NamedTuple):
 
 
 class Spool:
-    """The files of one request. The names that come with them decide nothing but a suffix."""
+    """The files of one request, each in a folder of its own, so that no two names meet.
+
+    A name that comes with a file is kept for the messages that mention it, less all that is not plain.
+    """
 
     def __init__(self, root: Path) -> None:
         self._folder = root / uuid.uuid4().hex
@@ -64,9 +69,9 @@ class Spool:
 
     def file(self, filename: str) -> _File:
         """The next file; it exists once something was written."""
-        suffix = PurePath(filename).suffix
+        plain = _NOT_PLAIN.sub("_", PurePath(filename).name)[-_MAX_NAME:].lstrip(".")
         self._count += 1
-        return _File(self._folder / f"{self._count}{suffix.lower() if _SUFFIX.fullmatch(suffix) else ''}")
+        return _File(self._folder / str(self._count) / (plain or "file"))
 
     @property
     def used(self) -> bool:
@@ -140,8 +145,28 @@ async def _read_form(request: web.Request, limits: BodyLimits, spool: Spool) -> 
         raise _malformed(f"the form cannot be read: {exc or type(exc).__name__}") from exc
 
 
+class _Lines:
+    """A body whose lines are counted: aiohttp reads those before the first part without a bound or a pause."""
+
+    def __init__(self, content: StreamReader) -> None:
+        self._content = content
+        self._left = _MAX_LINES
+
+    async def readline(self, **limits: int) -> bytes:
+        """One line; raises BodyRefused after too many."""
+        self._left -= 1
+        if self._left < 0:
+            raise _malformed(
+                f"the form has more than {_MAX_LINES} lines of preamble and headers; begin with a part"
+            )
+        return await self._content.readline(**limits)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._content, name)
+
+
 async def _read_parts(request: web.Request, limits: BodyLimits, spool: Spool) -> dict[str, str | FilePart]:
-    reader = await request.multipart()
+    reader = MultipartReader(request.headers, cast(StreamReader, _Lines(request.content)))
     fields: dict[str, str | FilePart] = {}
     text_bytes = 0
     while (part := await _patiently(reader.next(), limits.stall_s)) is not None:

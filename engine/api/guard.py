@@ -7,7 +7,6 @@ token   `Authorization: Bearer`, where there are tokens            401; 403 wher
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -124,8 +123,6 @@ def middleware(engine: Engine, tokens: Tokens, roles: Roles) -> Middleware:
         except Exception as exc:  # our own fault, whatever it is: counted, logged, and told
             name = f"http {request.method} {_route_of(request)}"
             engine.note_fault(name, exc)
-            # In a thread: to show a stack, its source files are read.
-            await asyncio.to_thread(log.error, "http_fault", route=name, exc_info=exc)
             text = f"the engine itself failed on this request ({type(exc).__name__}); see its log, ask again"
             return error_response(request, Problem(503, text, ReasonCode.ENGINE_FAULT))
 

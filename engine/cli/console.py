@@ -75,6 +75,9 @@ def state_style(state: str) -> str:
     return _STYLES.get(state, "")
 
 
+_LONG = ("REASON", "VALUE")
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, state_column: int | None = None) -> None:
     """A table: drawn on a terminal, else columns of plain text, two spaces between them."""
     clean = [[printable(cell) for cell in row] for row in rows]
@@ -94,7 +97,9 @@ def _draw(head: Sequence[str], rows: Sequence[Sequence[str]], state_column: int 
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(*head, box=SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in head:  # what a reason names, a path above all, is shown whole
+        drawn.add_column(name, overflow="fold", no_wrap=name not in _LONG)
     for row in rows:
         drawn.add_row(
             *(Text(cell, style=state_style(cell) if n == state_column else "") for n, cell in enumerate(row))

@@ -87,8 +87,8 @@ class Server:
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
             text = f"no server answers at {self.url} ({_why(exc)}); start one (holdfast serve) or correct --url"
             raise Failure(ExitCode.NO_SERVER, text) from None
-        except (aiohttp.ClientError, ConnectionError) as exc:
-            text = f"the connection to {self.url} was lost ({_why(exc)}); look whether the server runs, then retry"
+        except (aiohttp.ClientError, ConnectionError):
+            text = f"the connection to {self.url} was lost; look whether the server runs, then retry"
             raise Failure(ExitCode.NO_SERVER, text) from None
 
     async def read(self, kind: type[T], method: str, path: str, **options: Any) -> T:

@@ -12,9 +12,11 @@ import structlog
 def log_to_stderr(level: str) -> None:
     """The engine's own log: readable on a terminal, JSON lines elsewhere; never on stdout."""
     colors = sys.stderr.isatty()
-    renderer: Callable[..., Any] = (
-        structlog.dev.ConsoleRenderer(colors=True) if colors else structlog.processors.JSONRenderer()
-    )
+    # Plain tracebacks: rich ones show local variables, and a token may be among them.
+    plain = structlog.dev.plain_traceback
+    renderer: Callable[..., Any] = structlog.processors.JSONRenderer()
+    if colors:
+        renderer = structlog.dev.ConsoleRenderer(colors=True, exception_formatter=plain)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
