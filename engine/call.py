@@ -22,11 +22,15 @@ log = structlog.get_logger(__name__)
 
 OnProgress: TypeAlias = Callable[[float, float], None]
 
-_BUFFER_BYTES = 8 * 1024 * 1024  # of items that a consumer has not taken yet
+_BUFFER_BYTES = 8 * 1024 * 1024  # of items, as they were encoded, that a consumer has not taken yet
 
 
 class Collected:
-    """Takes all items of a streaming tool, for a caller that wants one value."""
+    """Takes all items of a streaming tool, for a caller that wants one value.
+
+    Args:
+        max_bytes: of all items together, as they were encoded; what they take in memory may be much more.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.items: list[Any] = []
@@ -51,7 +55,12 @@ class Stream:
     """The items of a streaming call, as an async iterator; `outcome` is set at its end.
 
     A consumer that lags holds the worker up (that time does not count against the deadline), and one that takes
-    nothing for `stall_s`, or stops iterating, has gone away: the call goes on and its items are dropped.
+    nothing for `stall_s` while items wait, or calls `aclose`, has gone away: the call goes on and its items are
+    dropped.
+
+    Args:
+        max_items: kept for the consumer before the worker has to wait.
+        stall_s: seconds.
 
     Raises (from iterating):
         CallFailed: after the items that came, where the outcome is not `Completed`.

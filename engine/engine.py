@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack
@@ -21,7 +22,7 @@ from engine.call import OnProgress, Stream
 from engine.crash_store import CrashStore
 from engine.crashes import Crash
 from engine.description import PluginDescription, describe
-from engine.errors import Cause, ReasonCode, SetupError, UnknownPlugin
+from engine.errors import Cause, HoldfastError, ReasonCode, SetupError, UnknownPlugin
 from engine.lifecycle.states import Trigger
 from engine.loader.discovery import discover, reread
 from engine.loader.gpu import GpuCheck
@@ -121,7 +122,9 @@ class Engine:
             self._own("pulse", self._pulse.run())
             gpu = GpuCheck(timeout_s=settings.gpu_check_timeout_s)
             self.registry = PluginRegistry(self.bus)
-            self._starter = Starter(settings, self.bus, self._spawner, self._watch, gpu, self._crashes, self._fail)
+            self._starter = Starter(
+                settings, self.bus, self._spawner, self._watch, gpu, self._crashes, self._fail, self.note_fault
+            )
             self._runner = ToolRunner(settings, self.registry, self.bus, self._fail, self.note_fault)
             for candidate in candidates:
                 self.registry.begin(candidate)
@@ -380,22 +383,30 @@ class Engine:
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (exc := task.exception()) is not None:
+        exc = None if task.cancelled() else task.exception()
+        if exc is not None and not isinstance(exc, HoldfastError):  # those are for whoever waits for the task
             self.note_fault(task.get_name(), exc)
-            log.error("task_failed", task=task.get_name(), exc_info=exc)
 
     def _fault_count(self) -> int:
         return sum(fault.count for fault in self.faults.copy().values())
 
     def note_fault(self, name: str, exc: BaseException) -> None:
-        """Count an exception of the engine's own, under the part's name. Shown by `parts` and the metrics."""
-        seen = self.faults.get(name)
-        self.faults[name] = Fault(1 if seen is None else seen.count + 1, f"{type(exc).__name__}: {exc}")
+        """Count an exception of the engine's own, under the part's name, and log it with its stack.
+
+        Shown by `parts` and the metrics. On the engine's event loop only.
+        """
+        self.faults[name] = Fault.after(self.faults.get(name), f"{type(exc).__name__}: {exc}")
+        # In a thread: to show a stack, its source files are read.
+        asyncio.get_running_loop().run_in_executor(None, _log_fault, name, exc)
+
+
+def _log_fault(name: str, exc: BaseException) -> None:
+    log.error("engine_fault", part=name, stack="".join(traceback.format_exception(exc)))
 
 
 def _make_folder(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:
         raise _unusable(folder, exc) from exc
 

@@ -36,6 +36,7 @@ class ReasonCode(StrEnum):
     TOOL_EXCEPTION = "tool_exception"
     TOOL_TIMEOUT = "tool_timeout"
     MEMORY_LIMIT = "memory_limit"
+    PROCESS_LIMIT = "process_limit"
     WORKER_SIGNAL = "worker_signal"
     WORKER_EXIT = "worker_exit"
     PROTOCOL_ERROR = "protocol_error"

@@ -1,10 +1,16 @@
-"""The registry: name → the plugin's present incarnation. Any thread may read or act; reads take no lock."""
+"""The registry: name → the plugin's present incarnation.
+
+Any thread may read, without a lock, begin an incarnation, or fire a trigger of its lifecycle. Pools, and with them
+`leave_service`, belong to the engine's event loop.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+import structlog
 
 from engine.errors import Cause, UnknownPlugin
 from engine.lifecycle.machine import Lifecycle, Status
@@ -17,11 +23,13 @@ from engine.sandbox.wire import ToolInfo
 from events.bus import EventBus
 from events.envelope import PluginFacts, Restarted
 
+log = structlog.get_logger(__name__)
+
 
 class Incarnation:
     """One life of a plugin: what was found on disk, where it stands, and the workers that serve it.
 
-    `pool` and `tools` are set once, by the start, before INITIALIZED is published.
+    `findings`, `tools` and `pool` are set once, by the start, before the plugin leaves LOADED.
     """
 
     def __init__(self, candidate: Candidate, lifecycle: Lifecycle) -> None:
@@ -52,6 +60,11 @@ class Incarnation:
         On the engine's event loop only; ending the workers is left to the caller.
         """
         first = self.lifecycle.fire_if(trigger, cause)
+        if first:
+            state, code = self.status.state.value, cause.reason_code.value
+            log.warning(
+                "plugin_left_service", plugin=self.name, state=state, reason_code=code, reason=cause.reason
+            )
         if self.pool is not None:
             self.pool.close(cause)
         return first

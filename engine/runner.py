@@ -143,7 +143,7 @@ class ToolRunner:
         if not announce:
             call.started()
         started_s = time.perf_counter()
-        reply = await worker.call(request.tool, request.arguments, timeout_s, call, announce)
+        reply = await worker.call(request.tool, request.arguments, timeout_s, call, announce, request.request_id)
         duration_ms = (time.perf_counter() - started_s) * 1000
         if isinstance(reply, Broken) and reply.cause.reason_code is not ReasonCode.RESTARTED:
             self._fail(incarnation, reply.cause)

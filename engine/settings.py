@@ -75,6 +75,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     log_backlog: Count = 100_000  # events that wait for a disk that fails
     repair_log: bool = False  # move a corrupt event log aside and begin a new one
 
+    def __repr__(self) -> str:
+        shown = (f"{name}={'…' if name in SECRET else getattr(self, name)!r}" for name in self.__struct_fields__)
+        return f"Settings({', '.join(shown)})"
+
 
 SECRET = frozenset({"token"})  # names of settings whose values are never shown
 _HINTS = get_type_hints(Settings, include_extras=True)

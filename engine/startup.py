@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 from msgspec import msgpack
 
+from engine.crash_store import CrashStore
 from engine.errors import Cause, ReasonCode
 from engine.lifecycle.states import Trigger
 from engine.loader.checks import check
@@ -21,6 +22,7 @@ from engine.loader.manifest import Manifest
 from engine.loader.model_files import resolve_models
 from engine.registry import Incarnation
 from engine.sandbox import wire
+from engine.sandbox.evidence import Death
 from engine.sandbox.host import StartFailed, Worker, WorkerSpec
 from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.pool import Pool
@@ -40,14 +42,24 @@ class _Observer:
     """Publishes what happens in a worker of one incarnation, and takes the plugin out of service when one dies."""
 
     def __init__(
-        self, incarnation: Incarnation, bus: EventBus, fail: Callable[[Incarnation, Cause], None]
+        self,
+        incarnation: Incarnation,
+        bus: EventBus,
+        crashes: CrashStore,
+        fail: Callable[[Incarnation, Cause], None],
+        on_fault: Callable[[str, BaseException], None],
     ) -> None:
         self._incarnation = incarnation
         self._bus = bus
+        self._crashes = crashes
         self._fail = fail
+        self._on_fault = on_fault
 
     def worker_started(self, pid: int) -> None:
         self._bus.publish(WorkerStarted(pid, self._incarnation.status.incarnation), self._incarnation.name)
+
+    def worker_died(self, death: Death) -> None:
+        self._crashes.note(self._incarnation.name, death)
 
     def worker_exited(self, worker: Worker, status: ExitStatus, verdict: Verdict) -> None:
         cause = verdict.cause
@@ -64,6 +76,9 @@ class _Observer:
         if cause is not None and self._incarnation.pool is not None:
             self._fail(self._incarnation, cause)
 
+    def fault(self, name: str, exc: BaseException) -> None:
+        self._on_fault(f"{name} {self._incarnation.name}", exc)
+
     def log_line(self, stream: str, level: str, line: str, dropped: int) -> None:
         self._bus.publish(PluginLog(stream, level, line, dropped), self._incarnation.name)
 
@@ -73,6 +88,7 @@ class Starter:
 
     Args:
         fail: takes an incarnation out of service and ends its workers.
+        on_fault: counts and logs an exception of our own.
     """
 
     def __init__(
@@ -82,14 +98,18 @@ class Starter:
         spawner: Spawner,
         watch: MemoryWatch,
         gpu: GpuCheck,
+        crashes: CrashStore,
         fail: Callable[[Incarnation, Cause], None],
+        on_fault: Callable[[str, BaseException], None],
     ) -> None:
         self._settings = settings
         self._bus = bus
         self._spawner = spawner
         self._watch = watch
         self._gpu = gpu
+        self._crashes = crashes
         self._fail = fail
+        self._on_fault = on_fault
         self._slots = asyncio.Semaphore(settings.start_concurrency)
         self._scratches = 0
 
@@ -104,16 +124,14 @@ class Starter:
             try:
                 await self._settle(incarnation, candidate.manifest, refresh_gpu)
             except SpawnFailed as exc:
-                log.error("spawn_failed", plugin=incarnation.name, error=str(exc))
                 text = f"the engine could not start a worker: {exc}; restart the plugin"
                 incarnation.leave_service(Trigger.FAIL, Cause(ReasonCode.ENGINE_FAULT, text))
             except Exception as exc:  # our own fault, but no plugin may be left LOADED for ever
-                log.exception("start_fault", plugin=incarnation.name)
                 text = (
                     f"the engine's own start failed ({type(exc).__name__}: {exc}); see its log, restart the plugin"
                 )
                 incarnation.leave_service(Trigger.FAIL, Cause(ReasonCode.ENGINE_FAULT, text))
-                raise
+                self._on_fault(f"start {incarnation.name}", exc)
 
     @contextlib.asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
@@ -137,7 +155,7 @@ class Starter:
         models = await asyncio.to_thread(resolve_models, manifest, folder)
         uploads = self._spawner.scratch_root / "uploads"
         sandbox = await asyncio.to_thread(resolve_sandbox, manifest, folder, uploads)
-        observer = _Observer(incarnation, self._bus, self._fail)
+        observer = _Observer(incarnation, self._bus, self._crashes, self._fail, self._on_fault)
         starts = [
             self._start_worker(self._spec(incarnation, manifest, models, sandbox), observer)
             for _ in range(manifest.limits.workers)
@@ -182,6 +200,7 @@ class Starter:
             start=start,
             incarnation=incarnation.status.incarnation,
             start_timeout_s=manifest.limits.start_timeout_s,
+            processes=manifest.limits.processes,
             # What a caller sends must not bring a plugin over its limit: there may be a view and a copy of it.
             arena_bytes=min(self._settings.arena_bytes, manifest.limits.memory_mib * _MIB // 4),
             log_lines_per_s=self._settings.log_lines_per_s,
@@ -191,7 +210,14 @@ class Starter:
 
 async def _gather(starts: list[Coroutine[Any, Any, Worker]]) -> tuple[list[Worker], list[StartFailed]]:
     """Start all; the workers that came up, and why the others did not. Any other exception ends all of them."""
-    results = await asyncio.gather(*starts, return_exceptions=True)
+    tasks = [asyncio.ensure_future(start) for start in starts]
+    try:
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    except asyncio.CancelledError:  # the others were cancelled too; those that had come up must not outlive this
+        await asyncio.wait(tasks)
+        came_up = [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
+        await asyncio.gather(*(_end(worker) for worker in came_up))
+        raise
     workers = [result for result in results if isinstance(result, Worker)]
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, StartFailed):

@@ -135,7 +135,7 @@ class AuditLog:
         if why != self._error:
             log.error("audit_failed", path=str(self.path), error=why)
         self._error = why
-        self.fault = Fault(1 if self.fault is None else self.fault.count + 1, why)
+        self.fault = Fault.after(self.fault, why)
 
     # From events to lines
 

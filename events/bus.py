@@ -32,6 +32,11 @@ class Fault(msgspec.Struct, frozen=True):
     count: int
     last: str
 
+    @classmethod
+    def after(cls, seen: Fault | None, last: str) -> Fault:
+        """What was `seen` so far, and one more."""
+        return cls(1 if seen is None else seen.count + 1, last)
+
 
 class EventBus:
     """Numbers events, folds them into the projection, offers them to subscribers.
@@ -86,7 +91,6 @@ class EventBus:
         return event
 
     def _note_fault(self, name: str, exc: Exception) -> None:
-        seen = self.faults.get(name)
         last = f"{type(exc).__name__}: {exc}"
-        self.faults[name] = Fault(1 if seen is None else seen.count + 1, last)
+        self.faults[name] = Fault.after(self.faults.get(name), last)
         log.error("subscriber_failed", subscriber=name, error=last)

@@ -266,9 +266,8 @@ class EventLog:
             self._changed.notify_all()
 
     def _note_fault(self, name: str, exc: Exception) -> None:
-        seen = self.faults.get(name)
         last = f"{type(exc).__name__}: {exc}"
-        self.faults[name] = Fault(1 if seen is None else seen.count + 1, last)
+        self.faults[name] = Fault.after(self.faults.get(name), last)
         log.error("log_fault", part=name, error=last)
 
     # Reading

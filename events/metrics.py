@@ -43,7 +43,7 @@ STATES = ("LOADED", "INITIALIZED", "RUNNING", "FAILED", "UNAVAILABLE")
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 
 Labels: TypeAlias = tuple[str, ...]
-Reading: TypeAlias = float | Mapping[str, float]  # a mapping is one value per `part`
+Sample: TypeAlias = float | Mapping[str, float]  # a mapping is one value per `part`
 _Counts: TypeAlias = defaultdict[Labels, int]
 
 
@@ -56,7 +56,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self.scrape_faults = 0  # readings that raised
-        self._readings: list[tuple[type[Metric], str, str, Callable[[], Reading]]] = []
+        self._readings: list[tuple[type[Metric], str, str, Callable[[], Sample]]] = []
         self._events: _Counts = defaultdict(int)
         self._transitions: _Counts = defaultdict(int)
         self._calls: _Counts = defaultdict(int)
@@ -116,11 +116,11 @@ class Metrics:
 
     # Gauges of other parts
 
-    def gauge(self, name: str, documentation: str, read: Callable[[], Reading]) -> None:
+    def gauge(self, name: str, documentation: str, read: Callable[[], Sample]) -> None:
         """Read a gauge at every scrape; one that raises is left out of that scrape and counted."""
         self._readings.append((GaugeMetricFamily, name, documentation, read))
 
-    def counter(self, name: str, documentation: str, read: Callable[[], Reading]) -> None:
+    def counter(self, name: str, documentation: str, read: Callable[[], Sample]) -> None:
         """Like `gauge`, for a number that only grows; `_total` is added to the name."""
         self._readings.append((CounterMetricFamily, name, documentation, read))
 
@@ -222,7 +222,7 @@ class Metrics:
         return family
 
     def _collect_reading(
-        self, kind: type[Metric], name: str, documentation: str, read: Callable[[], Reading]
+        self, kind: type[Metric], name: str, documentation: str, read: Callable[[], Sample]
     ) -> Metric | None:
         try:
             reading = read()

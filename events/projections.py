@@ -157,6 +157,8 @@ def _apply(views: dict[str, PluginView], event: Event) -> None:
     if isinstance(event.data, Gap):
         return
     view = views.get(event.subject) or PluginView(event.subject, present=False)
+    if not view.present:  # it enters this engine run: plugins stand in the order in which they do
+        views.pop(event.subject, None)
     views[event.subject] = _FOLDS.get(type(event.data), _seen)(view, event, event.data)
 
 

@@ -9,6 +9,8 @@ import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 from contract import MARKER, Summary
 
+pytest.register_assert_rewrite("zoo")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Know the marker, and sum it up in the end."""

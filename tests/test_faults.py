@@ -1,81 +1,18 @@
-"""Plugins that break, as one table: fault × moment → state, reason, the caller's answer, the verdict.
-
-Each row runs a folder of tests/faults in a real worker process beside an honest plugin. One test body holds
-for all of them: the honest plugin's calls and every health read succeed throughout, the reason says what broke
-and where, later callers are told the same, and nothing of the worker is left.
-"""
+"""Plugins that break, as one table. What holds for each of them is in `zoo`; the hostile ones are in test_zoo."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 from http_support import client_of
-from structlog.testing import capture_logs
-from support import descendants, hosting, next_event, open_descriptors, until, write_honest
-
-from engine import Engine
-from engine.outcome import Broke, Completed, Outcome, Refused
-
-FAULTS = Path(__file__).parent / "faults"
-STATES = {"LOADED", "INITIALIZED", "RUNNING", "FAILED", "UNAVAILABLE"}
-
-
-class Moment(StrEnum):
-    """When the fault comes."""
-
-    START = "start"  # import, __init__, validate()
-    CALL = "call"  # the tool breaks by itself
-    KILLED = "killed"  # while the tool runs, the test sends the worker a signal
-    IDLE = "idle"  # the call was answered; the test then sets the fault off
-    IDLE_KILLED = "idle_killed"  # likewise, with a signal
-
-
-class Fault(NamedTuple):
-    """One row. `reason` holds regular expressions that the reason must match, each."""
-
-    folder: str
-    tool: str
-    moment: Moment
-    code: str
-    reason: tuple[str, ...]
-    error_type: str = "NotInService"
-    state: str = "FAILED"
-    signal: signal.Signals | None = None
-
-    def __str__(self) -> str:
-        name = self.folder if self.moment is Moment.START else self.tool
-        return f"{name}-{self.signal.name}-{self.moment}" if self.signal else name
-
-
-def start(folder: str, code: str, *reason: str, state: str = "FAILED") -> Fault:
-    return Fault(folder, "work", Moment.START, code, reason, state=state)
-
-
-def call(tool: str, code: str, error_type: str, *reason: str, folder: str = "breaks_on_call") -> Fault:
-    return Fault(folder, tool, Moment.CALL, code, reason, error_type)
-
-
-def killed(moment: Moment, number: signal.Signals, *reason: str) -> Fault:
-    tool = "waits" if moment is Moment.KILLED else "works"
-    kind = "KilledExternally" if moment is Moment.KILLED else ""
-    return Fault("breaks_on_call", tool, moment, "killed_externally", reason, kind, signal=number)
-
-
-def at(line: str, function: str, file: str = "plugin.py") -> str:
-    """The place of the line in the plugin's code that holds `line`, as reasons write it."""
-    return f"AT {file} {function} {line}"
-
+from support import descendants, hosting, until, write_honest
+from zoo import FAULTS, Fault, Moment, at, breaks, call, fork_server, held, killed, next_state, rows, start
 
 TABLE = [
     # Import.
@@ -94,13 +31,13 @@ TABLE = [
     start(
         "import_lacks_module",
         "package_missing",
-        "^import_lacks_module → detection.boxes: holdfast_no_such_package is missing; install",
+        "^import_lacks_module → detection.boxes: holdfast_no_such_package is missing at detection/boxes.py:3",
         state="UNAVAILABLE",
     ),
     start(
         "import_lacks_library",
         "package_missing",
-        "^import_lacks_library → ctypes: libnothere.so.9 is missing; install",
+        "^import_lacks_library → ctypes: libnothere.so.9 is missing at plugin.py:5 in `<module>`; install",
         state="UNAVAILABLE",
     ),
     # __init__ and validate().
@@ -162,7 +99,7 @@ TABLE = [
     # Results.
     call("returns_a_lock", "result_invalid", "TypeError", "`returns_a_lock` returned", "type `lock`"),
     call("returns_bytes_keys", "result_invalid", "TypeError", "a key of type `bytes` has no JSON form"),
-    call("returns_itself_in_a_list", "result_invalid", "RecursionError", "`returns_itself_in_a_list` returned"),
+    call("returns_itself_in_a_list", "result_invalid", "ValueError", "it is nested deeper than 256"),
     call("work", "result_too_large", "ResultTooLarge", "more than 268435456 bytes", folder="returns_2_gib"),
     # Descriptors, output, processes.
     call("prints_100_mb_and_breaks", "tool_exception", "RuntimeError", "printed enough"),
@@ -188,47 +125,11 @@ TABLE = [
 ]
 
 
-LIMITS = {"tool_timeout", "start_timeout", "memory_limit"}
-ROWS = [
-    pytest.param(fault, id=str(fault), marks=pytest.mark.contract(1, 2, 3, 4, *(6,) * (fault.code in LIMITS)))
-    for fault in TABLE
-]
-
-
-@pytest.mark.parametrize("fault", ROWS)
+@pytest.mark.parametrize("fault", rows(TABLE))
 async def test_a_plugin_that_breaks_is_named_and_removed_and_the_others_stay_in_service(
     fault: Fault, plugins: Path, data_dir: Path
 ) -> None:
-    before, processes = held(), descendants()
-    shutil.copytree(FAULTS / fault.folder, plugins / fault.folder)
-    write_honest(plugins)
-    with capture_logs() as logs:
-        async with hosting(plugins, data_dir) as engine:
-            async with service(engine, fault.folder):
-                outcome = await set_off(engine, fault)
-                exited = await next_event(engine, "worker.exited", fault.folder)
-                await next_state(engine, fault.folder, {fault.state})
-            health = engine.health(fault.folder)
-            assert (health.state, health.reason_code) == (fault.state, fault.code)
-            assert health.reason is not None
-            for pattern in fault.reason:
-                assert re.search(place(fault, pattern), health.reason), health.reason
-            assert exited.data.verdict == fault.code  # type: ignore[union-attr]
-            answered(outcome, fault, health.reason)
-            await refused(engine, fault, health.reason)
-            await nothing_left(engine, fault.folder)
-
-            again = await engine.restart(fault.folder)
-            assert again.incarnation == 2
-            if fault.moment is Moment.START:
-                assert (again.state, again.reason_code, again.reason) == (fault.state, fault.code, health.reason)
-            else:
-                assert (again.state, again.reason) == ("INITIALIZED", None)
-            assert (await engine.run("honest", "echo")).ok
-            assert not {**engine.faults, **engine.bus.faults, **engine.log.faults}
-    assert not [entry for entry in logs if entry["log_level"] == "error"]
-    await until(lambda: descendants() == processes)
-    assert held() == before
+    await breaks(fault, plugins, data_dir)
 
 
 async def test_losing_the_fork_server_fails_every_plugin_and_a_restart_brings_it_back(
@@ -305,110 +206,3 @@ async def test_while_a_plugin_breaks_no_health_route_answers_5xx_and_other_calls
         await serving
         assert answers == [(status, code), (503, code)]
         assert {code for _, code in seen} == {200}
-
-
-@asynccontextmanager
-async def service(engine: Engine, broken: str) -> AsyncIterator[None]:
-    """While this lasts, the honest plugin is called and all health is read, and every one of these succeeds."""
-    over = False
-    rounds = 0
-
-    async def serve() -> None:
-        nonlocal rounds
-        while not over:
-            outcome = await engine.run("honest", "echo", {"text": str(rounds)})
-            assert outcome.ok, outcome
-            assert outcome.value == str(rounds)
-            states = {health.name: health.state for health in engine.plugins()}
-            assert states.keys() == {"honest", broken}
-            assert states["honest"] == "RUNNING"
-            assert states[broken] in STATES
-            assert engine.health(broken).name == broken
-            rounds += 1
-
-    task = asyncio.create_task(serve())
-    try:
-        yield
-    finally:
-        over = True
-        await task
-    assert rounds
-
-
-async def set_off(engine: Engine, fault: Fault) -> Outcome:
-    """Bring the fault about; returns what the caller was told."""
-    pid = engine.health(fault.folder).pid
-    if fault.moment is Moment.KILLED:
-        assert fault.signal is not None
-        assert pid is not None
-        running = asyncio.create_task(engine.run(fault.folder, fault.tool))
-        await next_event(engine, "plugin.call.started", fault.folder)
-        os.kill(pid, fault.signal)
-        return await running
-    outcome = await engine.run(fault.folder, fault.tool)
-    if fault.moment is Moment.IDLE:
-        assert outcome.value is not None
-        await asyncio.to_thread(Path(outcome.value).write_bytes, b"now")
-    if fault.moment is Moment.IDLE_KILLED:
-        assert fault.signal is not None
-        assert pid is not None
-        os.kill(pid, fault.signal)
-    return outcome
-
-
-def answered(outcome: Outcome, fault: Fault, reason: str) -> None:
-    """The call that met the fault got the whole truth, or had been answered before."""
-    if fault.moment in (Moment.IDLE, Moment.IDLE_KILLED):
-        assert isinstance(outcome, Completed)
-        return
-    assert isinstance(outcome, Refused if fault.moment is Moment.START else Broke)
-    assert outcome.reason_code == fault.code
-    assert re.fullmatch(fault.error_type, outcome.error_type)
-    assert outcome.state == fault.state
-    assert reason in outcome.error
-
-
-async def refused(engine: Engine, fault: Fault, reason: str) -> None:
-    """Every later call is told why there is no service, without a worker."""
-    for _ in range(2):
-        later = await engine.run(fault.folder, fault.tool)
-        assert isinstance(later, Refused)
-        assert (later.reason_code, later.error_type, later.state) == (fault.code, "NotInService", fault.state)
-        assert reason in later.error
-
-
-async def nothing_left(engine: Engine, name: str) -> None:
-    """No process below us but the fork server and the honest worker; no scratch folder of the plugin's."""
-    honest = engine.health("honest").pid
-    await until(lambda: descendants() == {fork_server(engine), honest})
-    await until(lambda: not list(engine.scratch_root.glob(f"{name}-*")))
-
-
-async def next_state(engine: Engine, name: str, states: set[str]) -> Any:
-    """The plugin's health once it is in one of the states."""
-    async for _ in engine.events():
-        if engine.health(name).state in states:
-            return engine.health(name)
-    raise AssertionError(f"{name} never was {states}")
-
-
-def place(fault: Fault, pattern: str) -> str:
-    """A regular expression for a place given by what stands there: line numbers change, code does not."""
-    if not pattern.startswith("AT "):
-        return pattern
-    _, file, function, line = pattern.split(" ", 3)
-    lines = (FAULTS / fault.folder / file).read_text().splitlines()
-    (number,) = [n for n, text in enumerate(lines, 1) if line in text]
-    return re.escape(f"{file}:{number} in `{function}`")
-
-
-def fork_server(engine: Engine) -> int:
-    process = engine._spawner._process
-    assert process is not None
-    return process.pid
-
-
-def held() -> Counter[str]:
-    """What this process holds open, by kind: how many sockets, pipes, memfds, and of each file."""
-    kinds = (re.sub(r"^\d+ → ", "", entry) for entry in open_descriptors())
-    return Counter(re.sub(r":\[\d+\]$", "", kind) for kind in kinds)

@@ -273,13 +273,15 @@ def test_the_rate_is_an_average_with_a_burst_of_twice_that() -> None:
 
 
 async def test_the_tail_of_the_output_is_kept_even_where_the_rate_drops_it() -> None:
-    seen: list[str] = []
+    seen: list[tuple[str, int]] = []
     reading, writing = os.pipe()
-    output = Output(reading, lambda line, _dropped: seen.append(line), 1.0)
+    output = Output(reading, lambda line, dropped: seen.append((line, dropped)), 1.0)
     os.write(writing, b"".join(b"line %d\n" % n for n in range(1000)) + b"half")
     os.close(writing)
     output.close()
-    assert seen == ["line 0", "line 1"]
+    assert seen[:2] == [("line 0", 0), ("line 1", 0)]
+    (last,) = seen[2:]
+    assert last[1] == 999, "what was dropped last is told of too"
     assert output.tail().splitlines() == [*(f"line {n}" for n in range(981, 1000)), "half"]
 
 

@@ -31,6 +31,7 @@ _RANGES = {
     "timeout_s": (0.0, _YEAR_S, "seconds"),
     "start_timeout_s": (0.0, _YEAR_S, "seconds"),
     "memory_mib": (16, 2**30, "MiB"),
+    "processes": (1, 1_000_000, "processes"),
     "workers": (1, 64, "processes"),
     "queue": (0, 1_000_000, "calls"),
 }

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -30,6 +32,8 @@ from engine.errors import Cause, ReasonCode
 from engine.outcome import Array
 from engine.sandbox import arena, proc, values, wire
 from engine.sandbox.channel import Channel, ProtocolBreach
+from engine.sandbox.evidence import Death, Failure, Process
+from engine.sandbox.fingerprint import InFlight
 from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.output import Output, RateLimit
 from engine.sandbox.spawner import Spawned, Spawner
@@ -53,6 +57,7 @@ _EXIT_WAIT_S = 0.25  # between the channel's end and the process's, before it co
 # Arguments of this size take a while to decode, and that time is not the tool's.
 _LARGE_BYTES = 1024 * 1024
 _ARGUMENTS_S = 60.0  # for a worker to accept or refuse them
+_PROGRESS_PER_S = 20.0  # twice what an honest worker sends; each is an event
 _REAP_WAIT_S = 5.0  # for a killed process to die
 
 
@@ -62,6 +67,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     start: wire.Start
     incarnation: int
     start_timeout_s: float
+    processes: int
     arena_bytes: int
     log_lines_per_s: float
     stop_grace_s: float
@@ -76,8 +82,14 @@ class Observer(Protocol):
     def worker_exited(self, worker: Worker, status: ExitStatus, verdict: Verdict) -> None:
         """It is gone, with everything it had started."""
 
+    def worker_died(self, death: Death) -> None:
+        """It died for a cause, with this evidence, which is the observer's to close. Before `worker_exited`."""
+
     def log_line(self, stream: str, level: str, line: str, dropped: int) -> None:
         """The plugin wrote something."""
+
+    def fault(self, name: str, exc: BaseException) -> None:
+        """The engine's own part of the worker failed."""
 
 
 class Value(msgspec.Struct, frozen=True):
@@ -125,6 +137,9 @@ class _Running(msgspec.Struct):
     tool: str
     sink: Sink
     reply: asyncio.Future[Reply]
+    arguments: wire.Encoded
+    request_id: str
+    since_s: float  # of the loop's clock
     began: asyncio.Future[None] | None = None  # set where the worker was asked to say when plugin code runs
 
 
@@ -142,8 +157,10 @@ class Worker:
     def __init__(self, spec: WorkerSpec, spawned: Spawned, observer: Observer, watch: MemoryWatch) -> None:
         self.pid = spawned.pid
         self.memory_limit_bytes = spec.start.memory_bytes
+        self.process_limit = spec.processes
         self.memory_bytes = 0
         self.memory_peak_bytes = 0
+        self.processes: tuple[Process, ...] = ()
         self.tools: dict[str, wire.ToolInfo] = {}
         self._spec = spec
         self._spawned = spawned
@@ -160,10 +177,14 @@ class Worker:
         self._held: tuple[tuple[int, int], ...] = ()  # of the arena, by the plugin
         self._ending: Ending | None = None
         self._breach = ""
+        self._process_count = 0
         self._known: Cause | None = None
+        self._failure: Failure | None = None
+        self._in_flight: InFlight | None = None  # the call that its end belongs to
         self._stack = b""
         self._limit_s = 0.0
         self._log_rate = RateLimit(spec.log_lines_per_s)
+        self._progress_rate = RateLimit(_PROGRESS_PER_S)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -204,7 +225,13 @@ class Worker:
             os.close(output_end)
             os.close(stack_end)
         worker = cls(spec, spawned, observer, watch)
-        await worker._connect(ours, output, stack, arena_in, arena_out)
+        connecting = asyncio.ensure_future(worker._connect(ours, output, stack, arena_in, arena_out))
+        try:
+            await asyncio.shield(connecting)
+        except asyncio.CancelledError:  # from here on somebody has to reap it
+            await connecting
+            await worker.end(Ending.STOP)
+            raise
         await worker._bring_up()
         return worker
 
@@ -242,6 +269,8 @@ class Worker:
             return
         if isinstance(report, wire.StartFailed):
             self._known = failed_start(report, self.memory_limit_bytes)
+            if report.error_type:  # otherwise nothing was raised
+                self._failure = Failure(report.error_type, report.message, report.where)
             await self.end(Ending.FAILED)
             raise StartFailed(self._known)
         raise StartFailed(_cause_of(report))
@@ -258,7 +287,13 @@ class Worker:
     # Calls.
 
     async def call(
-        self, tool: str, arguments: Mapping[str, Any] | wire.Encoded, timeout_s: float, sink: Sink, announce: bool
+        self,
+        tool: str,
+        arguments: Mapping[str, Any] | wire.Encoded,
+        timeout_s: float,
+        sink: Sink,
+        announce: bool,
+        request_id: str = "",
     ) -> Reply:
         """Run one tool. One call at a time; the caller sees to that.
 
@@ -268,19 +303,22 @@ class Worker:
             timeout_s: the deadline. Time for which the sink held the worker up does not count.
             sink: is told of progress and items.
             announce: whether `sink.began` is wanted.
+            request_id: for the evidence, should it die.
 
         Returns:
             The value; why the input was rejected; or why the plugin broke, and then the worker is gone.
         """
         self._next_call_id += 1
         try:
-            frame = self._call_frame(tool, arguments, announce)
+            encoded = self._encoded(arguments)
+            frame = self._call_frame(tool, encoded, announce)
         except arena.ArenaFull as exc:
             text = f"the arguments are too large: {exc}; send less, or raise arena_bytes and [limits] memory_mib"
             return Rejected("InputTooLarge", text, ReasonCode.INPUT_TOO_LARGE)
         except Exception as exc:  # a caller's objects may raise anything while they are encoded
             return Rejected("BadInput", _unsendable(arguments, exc))
-        running = _Running(self._next_call_id, tool, sink, self._loop.create_future())
+        reply: asyncio.Future[Reply] = self._loop.create_future()
+        running = _Running(self._next_call_id, tool, sink, reply, encoded, request_id, self._loop.time())
         if len(frame) >= _LARGE_BYTES:
             running.began = self._loop.create_future()
         if self.dead:
@@ -289,10 +327,13 @@ class Worker:
         self._channel.write(frame)
         return await self._wait(running, timeout_s)
 
-    def _call_frame(self, tool: str, arguments: Mapping[str, Any] | wire.Encoded, announce: bool) -> bytes:
+    def _encoded(self, arguments: Mapping[str, Any] | wire.Encoded) -> wire.Encoded:
         self._arena_in.reset(self._held)
-        if not isinstance(arguments, wire.Encoded):
-            arguments = wire.Encoded("python", values.encode_arguments(arguments, self._arena_in))
+        if isinstance(arguments, wire.Encoded):
+            return arguments
+        return wire.Encoded("python", values.encode_arguments(arguments, self._arena_in))
+
+    def _call_frame(self, tool: str, arguments: wire.Encoded, announce: bool) -> bytes:
         announce = announce or len(arguments.data) >= _LARGE_BYTES - wire.HEADER.size
         call = wire.Call(self._next_call_id, tool, arguments.encoding, arguments.data, announce)
         return wire.frame(call)
@@ -379,6 +420,11 @@ class Worker:
         """The memory watch found it over its limit."""
         self._own(self.end(Ending.MEMORY))
 
+    def on_process_breach(self, count: int) -> None:
+        """The watch found more processes and threads than it may have."""
+        self._process_count = count
+        self._own(self.end(Ending.PROCESSES))
+
     async def _reap(self) -> None:
         """Wait for the process to die, judge, and tell everybody, once."""
         await self._died.wait()
@@ -391,12 +437,23 @@ class Worker:
         oom_kills = 0
         if status.signal == signal.SIGKILL and self._ending is None:
             oom_kills = await asyncio.to_thread(proc.oom_kills) - self._watch.oom_kills
-        self._output.close()
-        judged = verdict(status, self._evidence(oom_kills))
+        death = None
+        try:
+            self._output.close()
+            evidence = self._evidence(oom_kills)
+            judged = verdict(status, evidence)
+            death = self._death(status, evidence, judged)
+        except (
+            Exception
+        ) as exc:  # the evidence is in part what the plugin wrote; whoever waits must not wait for ever
+            self._observer.fault("verdict", exc)
+            judged = _unjudged(exc)
         self._release()
         self._dead.set_result(judged)
         if self._running is not None and not self._running.reply.done():
             self._running.reply.set_result(Broken(_cause_of(judged)))
+        if death is not None:
+            self._observer.worker_died(death)
         self._observer.worker_exited(self, status, judged)
 
     def _evidence(self, oom_kills: int) -> Evidence:
@@ -413,12 +470,42 @@ class Worker:
             breach=self._breach,
             limit_s=self._limit_s,
             memory_limit_bytes=self.memory_limit_bytes,
+            process_count=self._process_count,
+            process_limit=self.process_limit,
             memory_peak_bytes=self.memory_peak_bytes,
             oom_kills=oom_kills,
             stack=self._stack.decode("utf-8", "replace"),
             main_thread=self._main_thread,
             output_tail=self._output.tail(),
         )
+
+    def _death(self, status: ExitStatus, evidence: Evidence, judged: Verdict) -> Death | None:
+        """What is kept of it; None where the plugin is not to blame."""
+        if self._running is not None and not self._running.reply.done():
+            self._keep_in_flight(self._running)
+        in_flight, self._in_flight = self._in_flight, None
+        if judged.cause is None:
+            if in_flight is not None:
+                in_flight.close()
+            return None
+        return Death(
+            incarnation=self._spec.incarnation,
+            pid=self.pid,
+            time_ns=time.time_ns(),
+            status=status,
+            evidence=evidence,
+            cause=judged.cause,
+            failure=self._failure,
+            in_flight=in_flight,
+            processes=self.processes,
+        )
+
+    def _keep_in_flight(self, running: _Running) -> None:
+        ran_s = self._loop.time() - running.since_s
+        info = self.tools.get(running.tool)
+        parameters = "{}" if info is None else info.parameters
+        arguments, arena_fd = running.arguments, self._arena_in.fd
+        self._in_flight = InFlight(running.tool, running.request_id, ran_s, arguments, parameters, arena_fd)
 
     def _release(self) -> None:
         self._watch.discard(self)
@@ -438,7 +525,9 @@ class Worker:
             case wire.Item(call_id=call_id, value=value):
                 self._current(call_id).sink.item(self._decode(value), memoryview(value).nbytes, self._channel)
             case wire.Progress(call_id=call_id, done=done, total=total):
-                self._current(call_id).sink.progress(done, total)
+                running = self._current(call_id)
+                if math.isfinite(done) and math.isfinite(total) and self._progress_rate.admit() is not None:
+                    running.sink.progress(done, total)
             case wire.Began(call_id=call_id):
                 running = self._current(call_id)
                 running.sink.began()
@@ -447,11 +536,13 @@ class Worker:
             case wire.LogLine(level=level, message=line):
                 if (dropped := self._log_rate.admit()) is not None:
                     self._observer.log_line("log", level, line, dropped)
-            case wire.Stage(name=name):
+            case wire.Stage(name=name) if not self._started.done():
                 self._stage = name
             case wire.Hello() if not self._hello.done():
                 self._on_hello(message)
             case wire.Ready() | wire.StartFailed() if self._hello.done() and not self._started.done():
+                if isinstance(message, wire.Ready):
+                    _check_tools(message.tools, self._spec.start.tools)
                 self._started.set_result(message)
             case _:
                 raise ProtocolBreach(f"it sent {type(message).__name__} out of turn")
@@ -478,10 +569,14 @@ class Worker:
             running.reply.set_result(Rejected(answer.error_type, answer.message, ReasonCode.INPUT_TOO_LARGE))
         else:
             self._known = failed_call(answer, running.tool, self.memory_limit_bytes)
+            self._failure = Failure(answer.error_type, answer.message, answer.where)
+            self._keep_in_flight(running)  # now: once it is answered, its files may go
             running.reply.set_result(Broken(self._known, answer.error_type))
             self._own(self.end(Ending.FAILED))
 
     def _decode(self, value: msgspec.Raw) -> Any:
+        if memoryview(value).nbytes > values.MAX_VALUE_BYTES:
+            raise ProtocolBreach(f"it sent more than {values.MAX_VALUE_BYTES} bytes of plain values at once")
         try:
             return self._decoder.decode(value)
         except Exception as exc:  # a worker may send anything; what does not decode is its breach
@@ -513,7 +608,7 @@ class Worker:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            log.error("worker_task_failed", pid=self.pid, exc_info=exc)
+            self._observer.fault("worker", exc)
 
 
 def _unsendable(arguments: Mapping[str, Any] | wire.Encoded, exc: Exception) -> str:
@@ -528,6 +623,23 @@ def _unsendable(arguments: Mapping[str, Any] | wire.Encoded, exc: Exception) -> 
 
 def _make_array(typestr: str, shape: tuple[int, ...], data: memoryview, _span: arena.Span | None) -> Array:
     return Array(typestr, shape, bytes(data))
+
+
+def _check_tools(tools: Mapping[str, wire.ToolInfo], wanted: Collection[str]) -> None:
+    """A worker's tools are those of the manifest, and their schemas are shown to callers: they have to be JSON."""
+    if tools.keys() != set(wanted):
+        raise ProtocolBreach("it has other tools than its manifest")
+    try:
+        schemas = [msgspec.json.decode(info.parameters) for info in tools.values()]
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise ProtocolBreach(f"the schema of a tool is no JSON ({exc})") from exc
+    if not all(isinstance(schema, dict) for schema in schemas):
+        raise ProtocolBreach("the schema of a tool is no object")
+
+
+def _unjudged(exc: Exception) -> Verdict:
+    text = f"it died, and the engine failed to judge how ({type(exc).__name__}); see its log, restart the plugin"
+    return Verdict(Cause(ReasonCode.ENGINE_FAULT, text))
 
 
 def _cause_of(judged: Verdict) -> Cause:

@@ -1,7 +1,8 @@
-"""Memory, watched from outside: the resident memory of each worker's whole process tree.
+"""Memory and processes, watched from outside: what each worker's whole process tree holds.
 
 `RLIMIT_DATA` in the worker makes an allocation past the limit fail at once, but for one process at a time. This
-watch sees the tree, and what is not private data. Both are needed.
+watch sees the tree, and what is not private data. Both are needed. `RLIMIT_NPROC` counts the processes of a user
+and does not bind root, so their number is watched, too.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Protocol
 import structlog
 
 from engine.sandbox import proc
+from engine.sandbox.evidence import Process
 
 log = structlog.get_logger(__name__)
 
+_MAX_MEMBERS = 64  # of a tree, by name
 _IDLE_INTERVALS = 10  # with no worker busy, one look in ten is enough
 
 
@@ -26,6 +29,8 @@ class Watched(Protocol):
     memory_limit_bytes: int
     memory_bytes: int
     memory_peak_bytes: int
+    processes: tuple[Process, ...]
+    process_limit: int
 
     @property
     def busy(self) -> bool:
@@ -33,6 +38,9 @@ class Watched(Protocol):
 
     def on_memory_breach(self) -> None:
         """It is over its limit: end it."""
+
+    def on_process_breach(self, count: int) -> None:
+        """Its tree has so many processes and threads, more than it may: end it."""
 
 
 class MemoryWatch:
@@ -75,17 +83,41 @@ class MemoryWatch:
             try:
                 await self._look()
             except Exception as exc:  # a watch that died would be a limit that is gone
-                log.exception("memory_watch_fault")
                 self._on_fault("memory_watch", exc)
 
     async def _look(self) -> None:
-        used = await asyncio.to_thread(proc.resident_bytes, list(self._workers))
+        limits = {pid: worker.memory_limit_bytes for pid, worker in self._workers.items()}
+        used = await asyncio.to_thread(_measure, limits)
         self.oom_kills = await asyncio.to_thread(proc.oom_kills)
-        for pid, resident in used.items():
+        for pid, (resident, tasks, processes) in used.items():
             worker = self._workers.get(pid)
             if worker is None:  # it died while we looked
                 continue
             worker.memory_bytes = resident
-            worker.memory_peak_bytes = max(worker.memory_peak_bytes, resident)
-            if resident > worker.memory_limit_bytes:
+            if resident >= worker.memory_peak_bytes:
+                worker.memory_peak_bytes, worker.processes = resident, processes
+            if tasks > worker.process_limit:
+                worker.on_process_breach(tasks)
+            elif resident > worker.memory_limit_bytes:
                 worker.on_memory_breach()
+
+
+def _measure(limits: dict[int, int]) -> dict[int, tuple[int, int, tuple[Process, ...]]]:
+    """By root, its tree's resident bytes, its processes and threads, and, over half of its limit, whose it is.
+
+    Pages that forked children share are told apart only where counting them for each would be over the limit.
+    """
+    return {
+        root: (
+            tree.resident_bytes if tree.resident_bytes <= limits[root] else proc.proportional_bytes(tree.pids),
+            tree.tasks,
+            _members(tree.pids) if tree.resident_bytes > limits[root] // 2 else (),
+        )
+        for root, tree in proc.trees(limits).items()
+    }
+
+
+def _members(pids: list[int]) -> tuple[Process, ...]:
+    """The largest first."""
+    members = [Process(pid, *proc.member(pid)) for pid in pids[:_MAX_MEMBERS]]
+    return tuple(sorted(members, key=lambda process: -process.resident_bytes))

@@ -28,13 +28,26 @@ class RateLimit:
 
     def admit(self) -> int | None:
         """None: over the limit. Otherwise how many were dropped since the last one admitted."""
-        now = self._clock()
-        self._tokens = min(2 * self._per_s, self._tokens + (now - self._at) * self._per_s)
-        self._at = now
-        if self._tokens < 1:
+        if self.available() < 1:
             self._dropped += 1
             return None
         self._tokens -= 1
+        dropped, self._dropped = self._dropped, 0
+        return dropped
+
+    def available(self) -> int:
+        """How many would be admitted now."""
+        now = self._clock()
+        self._tokens = min(2 * self._per_s, self._tokens + (now - self._at) * self._per_s)
+        self._at = now
+        return int(self._tokens)
+
+    def drop(self, count: int) -> None:
+        """Count some as dropped, unseen."""
+        self._dropped += count
+
+    def take_dropped(self) -> int:
+        """How many were dropped since the last one admitted; they are told of now."""
         dropped, self._dropped = self._dropped, 0
         return dropped
 
@@ -70,6 +83,8 @@ class Output:
                 break
         if self._partial:
             self._line(self._partial)
+        if dropped := self._rate.take_dropped():
+            self._on_line("(the lines before this one were over the rate limit)", dropped)
         asyncio.get_running_loop().remove_reader(self._fd)
         os.close(self._fd)
         self._fd = -1
@@ -84,6 +99,13 @@ class Output:
             asyncio.get_running_loop().remove_reader(self._fd)
             return False
         *lines, self._partial = (self._partial + chunk).split(b"\n")
+        # A flood: what is neither within the rate nor part of the tail is counted and not looked at.
+        first, last = self._rate.available(), len(lines) - _TAIL_LINES
+        if first < last:
+            for line in lines[:first]:
+                self._line(self._cut(line))
+            self._rate.drop(last - first)
+            del lines[:last]
         for line in lines:
             self._line(self._cut(line))
         self._partial = self._cut(self._partial)

@@ -8,12 +8,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import NamedTuple
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-def parents() -> dict[int, int]:
-    """pid → parent's pid, of every process there is."""
+class Process(NamedTuple):
+    """One line of the process table."""
+
+    parent: int
+    threads: int
+
+
+class Tree(NamedTuple):
+    """What a process and everything below it hold together."""
+
+    resident_bytes: int  # a page that several of them map counts for each
+    tasks: int  # processes and threads
+    pids: list[int]
+
+
+def processes() -> dict[int, Process]:
+    """By pid, every process there is."""
     table = {}
     for name in os.listdir("/proc"):  # noqa: PTH208 - a hot loop; Path objects would double its cost
         if not name.isdigit():
@@ -21,29 +37,55 @@ def parents() -> dict[int, int]:
         stat = _read(f"/proc/{name}/stat")
         if stat:
             # pid (comm) state ppid …; comm may hold spaces and parentheses. See proc(5).
-            table[int(name)] = int(stat[stat.rindex(b")") + 2 :].split(maxsplit=2)[1])
+            fields = stat[stat.rindex(b")") + 2 :].split(maxsplit=18)
+            table[int(name)] = Process(int(fields[1]), int(fields[17]))
     return table
 
 
 def children(pid: int) -> list[int]:
     """The direct children of a process."""
-    return [child for child, parent in parents().items() if parent == pid]
+    return [child for child, process in processes().items() if process.parent == pid]
 
 
-def resident_bytes(pids: Iterable[int]) -> dict[int, int]:
-    """pid → resident memory in bytes of the process and everything below it."""
-    roots = set(pids)
-    table = parents()
-    totals = dict.fromkeys(roots, 0)
-    for pid in table:
+def trees(roots: Iterable[int]) -> dict[int, Tree]:
+    """By root, what its tree holds."""
+    table = processes()
+    pids: dict[int, list[int]] = {root: [] for root in roots}
+    tasks = dict.fromkeys(pids, 0)
+    for pid, process in table.items():
         at = pid
-        while at in table and at not in roots:
-            at = table[at]
-        if at in roots:
-            statm = _read(f"/proc/{pid}/statm")  # size resident shared …, in pages
-            if statm:
-                totals[at] += int(statm.split(maxsplit=2)[1]) * _PAGE_BYTES
-    return totals
+        while at in table and at not in pids:
+            at = table[at].parent
+        if at in pids:
+            pids[at].append(pid)
+            tasks[at] += process.threads
+    return {root: Tree(_resident_bytes(tree), tasks[root], tree) for root, tree in pids.items()}
+
+
+def _resident_bytes(pids: Iterable[int]) -> int:
+    statms = (_read(f"/proc/{pid}/statm") for pid in pids)  # size resident shared …, in pages
+    return sum(int(statm.split(maxsplit=2)[1]) for statm in statms if statm) * _PAGE_BYTES
+
+
+def member(pid: int) -> tuple[str, int]:
+    """A process's command, as it names itself, and its resident memory in bytes."""
+    return _read(f"/proc/{pid}/comm").decode("utf-8", "replace").strip(), _resident_bytes([pid])
+
+
+def proportional_bytes(pids: Iterable[int]) -> int:
+    """Resident memory of processes together, each shared page counted once.
+
+    Reading this walks page tables, a few milliseconds per GiB, so it is for confirming a breach. Where a process
+    does not let us look, what it maps counts in full.
+    """
+    return sum(_proportional_bytes(pid) for pid in pids)
+
+
+def _proportional_bytes(pid: int) -> int:
+    for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
+        if line.startswith(b"Pss:"):
+            return int(line.split()[1]) * 1024
+    return _resident_bytes([pid])
 
 
 def oom_kills() -> int:

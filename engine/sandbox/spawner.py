@@ -27,7 +27,7 @@ from engine.sandbox import wire
 log = structlog.get_logger(__name__)
 
 _MAIN = Path(__file__).resolve().parents[1] / "worker" / "__main__.py"
-_START_TIMEOUT_S = 20.0
+_FORK_TIMEOUT_S = 20.0  # it takes a millisecond; a fork server that takes this long was stopped, or starves
 _END_TIMEOUT_S = 10.0
 
 # What a plugin may see of the engine's environment: how to find programs, libraries, GPUs and the locale.
@@ -104,7 +104,15 @@ class Spawner:
         forked = self._forking[token] = loop.create_future()
         try:
             await self._send(control, wire.Fork(token, str(scratch)), fds)
-            pid, pidfd = await forked
+            pid, pidfd = await asyncio.wait_for(asyncio.shield(forked), _FORK_TIMEOUT_S)
+        except TimeoutError:
+            self._on_lost(control, "it does not answer")
+            raise SpawnFailed("the fork server does not answer") from None
+        except asyncio.CancelledError:
+            if forked.done() and not forked.cancelled() and forked.exception() is None:
+                _discard(forked.result()[1])  # it came in the very moment of the cancellation
+            forked.cancel()
+            raise
         except OSError as exc:
             raise SpawnFailed(f"the fork server does not answer: {exc}") from exc
         finally:
@@ -181,18 +189,22 @@ class Spawner:
                 if self.exposed:
                     log.warning("private_files_exposed", why=self.exposed)
             elif isinstance(message, wire.Forked):
-                self._on_forked(message, fds[0])
+                self._on_forked(message, fds)
             elif (exit_status := self._exits.pop(message.token, None)) and not exit_status.done():
                 exit_status.set_result(message.status)
 
-    def _on_forked(self, message: wire.Forked, pidfd: int) -> None:
+    def _on_forked(self, message: wire.Forked, fds: list[int]) -> None:
         self._exits[message.token] = asyncio.get_running_loop().create_future()
         waiting = self._forking.get(message.token)
-        if waiting is None or waiting.done():  # whoever asked was cancelled: nobody will use this worker
-            _kill(pidfd)
-            os.close(pidfd)
+        if not fds:  # this process has no descriptor left; without its channel the worker ends by itself
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(
+                    SpawnFailed("the engine has no file descriptor left; raise its limit (ulimit -n)")
+                )
+        elif waiting is None or waiting.done():  # whoever asked was cancelled: nobody will use this worker
+            _discard(fds[0])
         else:
-            waiting.set_result((message.pid, pidfd))
+            waiting.set_result((message.pid, fds[0]))
 
     def _on_lost(self, control: socket.socket, why: str) -> None:
         log.error("fork_server_lost", why=why, workers=len(self._exits))
@@ -240,9 +252,11 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _kill(pidfd: int) -> None:
+def _discard(pidfd: int) -> None:
+    """End a worker that nobody has, and let go of it."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.close(pidfd)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -24,12 +24,23 @@ EXT_ARRAY = 4  # (typestr, shape, data): an array, inline
 EXT_FILE = 5  # path: a file that the caller sent
 
 # From typestr, shape, data, and where in the arena the data lies, if there.
+# Of plain values: numbers, texts, containers. They grow when they are decoded, up to fifty times (an empty list is
+# one byte and becomes 56), and the engine decodes on its event loop. Bytes and arrays do not count.
+MAX_VALUE_BYTES = 8 * 1024 * 1024
+_MAX_DIMENSIONS = 64  # numpy's own limit
+_MAX_EMPTY = 2**31  # the other dimensions of an array that has no elements
+
 MakeArray: TypeAlias = Callable[[str, tuple[int, ...], memoryview, Span | None], Any]
 
 # The typestr of numpy's array interface: byte order, kind, bytes per element (characters for `U`), unit of time.
 # Only kinds that hold their own bytes: numbers, booleans, times, text.
 _TYPESTR = re.compile(r"[<>|=]([biufcmMSUV])(\d{1,9})(?:\[\w{1,8}\])?")
+_BUFFERS = (bytes, bytearray)  # a union would be made anew for each of a million items
 _pack = msgpack.encode
+
+
+class TooManyValues(ValueError):
+    """More plain values than the other side would want to decode at once."""
 
 
 class FilePart:
@@ -39,7 +50,7 @@ class FilePart:
         self.path = path
 
 
-def encode(value: Any, arena: Arena | None) -> bytes:
+def encode(value: Any, arena: Arena | None, max_value_bytes: int | None = None) -> bytes:
     """The MessagePack of a value.
 
     Args:
@@ -49,10 +60,11 @@ def encode(value: Any, arena: Arena | None) -> bytes:
     Raises:
         TypeError, ValueError, OverflowError, RecursionError, UnicodeEncodeError: it has no encoding.
         ArenaFull: it is larger than the arena.
+        TooManyValues: its plain values are longer than `max_value_bytes`.
     """
-    if arena is not None and _is_long(value):
-        return _pack(msgpack.Ext(EXT_ARENA_BYTES, _pack(arena.write(value))))
-    encoded = _encode(value, arena)
+    encoded = _encode(_outsourced(value, arena) if arena is not None else value, arena)
+    if max_value_bytes is not None and len(encoded) > max_value_bytes:
+        raise TooManyValues(f"{len(encoded)} bytes of plain values, at most {max_value_bytes}")
     if arena is not None and len(encoded) >= THRESHOLD_BYTES:
         return _pack(msgpack.Ext(EXT_ARENA_VALUE, _pack(arena.write(encoded))))
     return encoded
@@ -60,15 +72,20 @@ def encode(value: Any, arena: Arena | None) -> bytes:
 
 def encode_arguments(arguments: Mapping[str, Any], arena: Arena) -> bytes:
     """Like `encode`, for a call's arguments: each long bytes argument goes to the arena by itself."""
-    parts = {
-        name: msgpack.Ext(EXT_ARENA_BYTES, _pack(arena.write(value))) if _is_long(value) else value
-        for name, value in arguments.items()
-    }
-    return encode(parts, arena)
+    return encode(dict(arguments), arena)
+
+
+def _outsourced(value: Any, arena: Arena) -> Any:
+    """The value with its long bytes in the arena: itself, or what it holds where it is a dict or a list."""
+    if isinstance(value, dict) and any(map(_is_long, value.values())):
+        return {key: _outsourced(part, arena) if _is_long(part) else part for key, part in value.items()}
+    if isinstance(value, list | tuple) and any(map(_is_long, value)):
+        return [_outsourced(part, arena) if _is_long(part) else part for part in value]
+    return msgpack.Ext(EXT_ARENA_BYTES, _pack(arena.write(value))) if _is_long(value) else value
 
 
 def _is_long(value: Any) -> bool:
-    return isinstance(value, bytes | bytearray) and len(value) >= THRESHOLD_BYTES
+    return isinstance(value, _BUFFERS) and len(value) >= THRESHOLD_BYTES
 
 
 def _encode(value: Any, arena: Arena | None) -> bytes:
@@ -115,13 +132,17 @@ class Decoder:
 
     Args:
         arena: where its large parts lie.
+        files: whether a `FilePart` may come.
         make_array: builds an array. The data is a view of the arena or of the frame: an implementation that
             keeps it must copy it, or see to it that the other side does not overwrite it.
     """
 
-    def __init__(self, arena: Arena, make_array: MakeArray) -> None:
+    def __init__(self, arena: Arena, make_array: MakeArray, *, files: bool = False) -> None:
         self._arena = arena
         self._make_array = make_array
+        self._files = files
+        self._left_bytes = 0  # of the arena that the present value may still refer to
+        self._in_arena = False
         self._decoder = msgpack.Decoder(ext_hook=self._extension)
 
     def decode(self, data: Any) -> Any:
@@ -130,18 +151,32 @@ class Decoder:
         Raises:
             Exception: any, where it is not what `encode` makes; the other side is then in breach.
         """
+        # What a value refers to is bounded by the arena, however often it refers to it: every part counts again.
+        self._left_bytes, self._in_arena = self._arena.size, False
         return self._decoder.decode(data)
 
+    def _take(self, length: int) -> None:
+        self._left_bytes -= length
+        if self._left_bytes < 0:
+            raise ValueError("it refers to more bytes than the arena has")
+
     def _extension(self, code: int, data: memoryview) -> Any:
-        if code == EXT_FILE:
+        if code == EXT_FILE and self._files:
             return FilePart(bytes(data).decode())
         parts = msgpack.decode(data)
         if code == EXT_ARENA_BYTES:
-            return self._arena.copy(*parts)
+            offset, length = parts
+            self._take(length)
+            return self._arena.copy(offset, length)
         if code == EXT_ARENA_VALUE:
-            return self._decoder.decode(self._arena.copy(*parts))
+            offset, length = parts
+            if self._in_arena or length > MAX_VALUE_BYTES:
+                raise ValueError("a value in the arena is too long, or in a value in the arena")
+            self._in_arena = True
+            return self._decoder.decode(self._arena.copy(offset, length))
         if code == EXT_ARENA_ARRAY:
             typestr, shape, offset, length = parts
+            self._take(length)
             return self._array(typestr, shape, self._arena.view(offset, length), (offset, length))
         if code == EXT_ARRAY:
             typestr, shape, content = parts
@@ -153,6 +188,9 @@ class Decoder:
         if parsed is None:
             raise ValueError(f"no element type {typestr!r}")
         size = int(parsed[2]) * (4 if parsed[1] == "U" else 1)
-        if math.prod(shape) * size != len(data) or min(shape, default=0) < 0:
+        # Bounded before it is multiplied: the product of a million large numbers takes for ever.
+        longest = _MAX_EMPTY if 0 in shape else len(data)
+        sane = len(shape) <= _MAX_DIMENSIONS and all(0 <= n <= longest for n in shape)
+        if not sane or math.prod(shape) * size != len(data):
             raise ValueError(f"an array of {typestr} and shape {shape} does not have {len(data)} bytes")
         return self._make_array(typestr, tuple(shape), data, span)

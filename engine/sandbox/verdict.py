@@ -30,6 +30,7 @@ class Ending(StrEnum):
     TIMEOUT = "timeout"
     START_TIMEOUT = "start_timeout"
     MEMORY = "memory"
+    PROCESSES = "processes"
     PROTOCOL = "protocol"
     FAILED = "failed"  # it had already answered with what broke
 
@@ -70,6 +71,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     breach: str = ""  # what it did wrong, with Ending.PROTOCOL
     limit_s: float = 0.0  # the deadline that passed
     memory_limit_bytes: int = 0
+    process_count: int = 0  # processes and threads of the tree, with Ending.PROCESSES
+    process_limit: int = 0
     memory_peak_bytes: int = 0  # the whole process tree, resident
     oom_kills: int = 0  # by the kernel, in the worker's lifetime
     stack: str = ""  # what faulthandler wrote
@@ -96,14 +99,21 @@ _SIGNAL_MEANING = {
     signal.SIGILL: "an instruction this CPU does not have",
     signal.SIGSYS: "a forbidden system call",
 }
+_OWN_LIMIT = {  # sent by the kernel for what a process asked for itself
+    signal.SIGALRM: "a timer",
+    signal.SIGVTALRM: "a timer",
+    signal.SIGPROF: "a timer",
+    signal.SIGXCPU: "a limit on processor time",
+    signal.SIGXFSZ: "a limit on the size of files",
+}
 _NO_MEMORY = re.compile(
     r"bad_alloc|can(?:'t|not) allocate memory|out of memory|insufficient memory", re.IGNORECASE
 )
-_SELF_SIGNAL = re.compile(r"^self-signal (\d+) at (.+)$", re.MULTILINE)
+_SELF_SIGNAL = re.compile(r"^self-signal (\d{1,3}) at (.{1,500})$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 _LAST_FRAME = re.compile(rb'(worker/__main__\.py", line \d+ in <module>|^  \.\.\.)\n\Z', re.MULTILINE)
 _WAITS = ("engine/worker/serve.py", "receive")
-_THREAD = re.compile(r"^(?P<current>Current thread|Thread) 0x(?P<id>[0-9a-f]+)")
+_THREAD = re.compile(r"^(?P<current>Current thread|Thread) 0x(?P<id>[0-9a-f]{1,16})\b")
 
 
 def verdict(status: ExitStatus, evidence: Evidence) -> Verdict:
@@ -119,6 +129,8 @@ def verdict(status: ExitStatus, evidence: Evidence) -> Verdict:
             return Verdict(Cause(ReasonCode.START_TIMEOUT, _hung(evidence)))
         case Ending.MEMORY:
             return Verdict(Cause(ReasonCode.MEMORY_LIMIT, _memory(evidence)))
+        case Ending.PROCESSES:
+            return Verdict(Cause(ReasonCode.PROCESS_LIMIT, _processes(evidence)))
         case Ending.PROTOCOL:
             return _cause(ReasonCode.PROTOCOL_ERROR, evidence, _breach(evidence))
     return _died_by_itself(status, evidence)
@@ -166,6 +178,10 @@ def _signalled(status: ExitStatus, evidence: Evidence, doing: str, at: str) -> V
         meaning = _SIGNAL_MEANING[signal.Signals(number)]
         text = f"{name}{at}{doing}: {meaning}; mend the native code that was called there, then restart the plugin"
         return _cause(ReasonCode.WORKER_SIGNAL, evidence, text)
+    if number in _OWN_LIMIT:
+        what = _OWN_LIMIT[signal.Signals(number)]
+        text = f"{name}{doing}: {what} that it had set itself; handle it or remove it, then restart the plugin"
+        return _cause(ReasonCode.WORKER_SIGNAL, evidence, text)
     text = f"{name} from outside the engine ended the worker{doing}; find out who sent it, then restart the plugin"
     return _cause(ReasonCode.KILLED_EXTERNALLY, evidence, text)
 
@@ -192,6 +208,13 @@ def _hung(evidence: Evidence) -> str:
 def _memory(evidence: Evidence) -> str:
     used = evidence.memory_peak_bytes / _MIB
     return f"it used {used:.0f} MiB{_doing(evidence)}: {_raise(evidence)}"
+
+
+def _processes(evidence: Evidence) -> str:
+    return (
+        f"it had {evidence.process_count} processes and threads{_doing(evidence)}: its limit is "
+        f"{evidence.process_limit}; start fewer or raise [limits] processes, then restart the plugin"
+    )
 
 
 def _raise(evidence: Evidence) -> str:
@@ -252,7 +275,7 @@ def failed_start(report: wire.StartFailed, memory_limit_bytes: int) -> Cause:
             return Cause(ReasonCode.SANDBOX_UNSUPPORTED, f"{report.message}, then restart the plugin")
         case "missing":
             chain = " → ".join(report.chain)
-            text = f"{chain}: {report.message} is missing; install what provides it, then restart the plugin"
+            text = f"{chain}: {report.message} is missing{at}; install what provides it, then restart the plugin"
             return Cause(ReasonCode.PACKAGE_MISSING, text)
         case "memory":
             text = (
@@ -290,8 +313,8 @@ def _only_waited(evidence: Evidence) -> bool:
     """Whether the thread that took the signal was our own, waiting for the next call: it does nothing that could
     fault, so somebody sent the signal."""
     _, _, fatal = evidence.stack.rpartition("Fatal Python error")
-    frames = _threads(fatal).get(None)
-    return bool(frames) and frames[0][0].endswith(_WAITS[0]) and frames[0][2] == _WAITS[1]
+    frames = _threads(fatal).get(None) or [("", "", "")]
+    return frames[0][0].endswith(_WAITS[0]) and frames[0][2] == _WAITS[1]
 
 
 def hang_place(evidence: Evidence) -> str:

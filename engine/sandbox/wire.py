@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 import struct
-from typing import TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 from msgspec import msgpack
@@ -26,6 +26,13 @@ DUMP_SIGNAL = signal.SIGRTMAX - 3  # asks a worker for its Python stack; few pro
 EXIT_BROKEN = 70  # a worker's exit status: Holdfast's own part of it failed
 EXIT_CHANNEL_LOST = 71  # likewise: the channel broke while the engine was alive
 EXIT_NO_MEMORY = 72  # likewise: the plugin left it no memory to go on with
+
+
+# What a worker says of itself. Ours sends far less; a longer one is somebody else's.
+Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=65_536)]
+
+
+StageName: TypeAlias = Literal["import", "init", "validate", "tools"]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
@@ -90,7 +97,7 @@ class Hello(Message, frozen=True, tag=16):
 class Stage(Message, frozen=True, tag=17):
     """The worker is about to enter a stage of its start: import, init or validate."""
 
-    name: str
+    name: StageName
 
 
 class ToolInfo(msgspec.Struct, frozen=True):
@@ -110,12 +117,12 @@ class Ready(Message, frozen=True, tag=18):
 class StartFailed(Message, frozen=True, tag=19):
     """The start broke in Python."""
 
-    stage: str
+    stage: Text
     kind: str  # "exception" | "missing" | "memory" | "returned_false" | "no_validate" | "no_tool" | "no_class" | …
-    error_type: str
-    message: str
-    where: str  # "plugin.py:17 in `detect`", or ""
-    chain: tuple[str, ...] = ()  # the modules whose import led to what is missing
+    error_type: Text
+    message: Text
+    where: Text  # "plugin.py:17 in `detect`", or ""
+    chain: tuple[Text, ...] = ()  # the modules whose import led to what is missing
 
 
 class Began(Message, frozen=True, tag=20):
@@ -152,17 +159,17 @@ class Failed(Message, frozen=True, tag=24):
 
     call_id: int
     kind: str  # "bad_input" | "input_too_large" | "rejected" | "exception" | "memory" | "invalid" | "too_large"
-    error_type: str
-    message: str
-    where: str = ""
+    error_type: Text
+    message: Text
+    where: Text = ""
     held: tuple[tuple[int, int], ...] = ()
 
 
 class LogLine(Message, frozen=True, tag=25):
     """The plugin wrote to `context.log`."""
 
-    level: str
-    message: str
+    level: Text
+    message: Text
 
 
 # Engine to fork server and back, one message per SEQPACKET datagram.

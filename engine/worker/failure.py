@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType, TracebackType
 
+_MAX_TRACE = 6000  # characters of a traceback that travel
+_MAX_FRAMES = 30
 _MAX_MESSAGE = 2000  # characters of an exception's message that travel
+_MAX_NAME = 500  # of a type's or a place's
 
 # How libraries say that an allocation failed when they do not raise MemoryError. CUDA's own out-of-memory is
 # about the GPU, which no limit of ours governs.
@@ -22,9 +25,11 @@ _NO_MEMORY = re.compile(
 
 def type_name(kind: type[BaseException]) -> str:
     """`ValueError`, `cv2.error`: qualified, except for builtins."""
-    module = getattr(kind, "__module__", None)
-    name = getattr(kind, "__qualname__", None) or "exception"
-    return name if module in (None, "builtins") else f"{module}.{name}"
+    try:
+        module, name = kind.__module__, kind.__qualname__
+    except BaseException:  # plugin code: a metaclass may refuse
+        return "an exception"
+    return sendable(name if module == "builtins" else f"{module}.{name}", _MAX_NAME)
 
 
 def message(exc: BaseException) -> str:
@@ -33,8 +38,13 @@ def message(exc: BaseException) -> str:
         text = str(exc)
     except BaseException as second:  # plugin code: `__str__` may raise anything
         return f"<no message: its __str__ raised {type_name(type(second))}>"
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}… ({len(text)} characters)"
+    return sendable(text, _MAX_MESSAGE)
+
+
+def sendable(text: str, limit: int = _MAX_MESSAGE) -> str:
+    """A text as it travels: shortened, and lone surrogates, which UTF-8 does not have, written out."""
+    shown = text[:limit].encode("utf-8", "backslashreplace").decode()
+    return shown if len(text) <= limit else f"{shown}… ({len(text)} characters)"
 
 
 def is_memory(exc: BaseException) -> bool:
@@ -57,7 +67,7 @@ def location(filename: str, line: int | None, function: str, folder: Path) -> st
     with contextlib.suppress(ValueError):
         path = path.relative_to(folder)
     shown = path.name if path.is_absolute() else str(path)
-    return f"{shown}:{line} in `{function}`"
+    return sendable(f"{shown}:{line} in `{function}`", _MAX_NAME)
 
 
 def where(tb: TracebackType | None, folder: Path) -> str:
@@ -68,6 +78,15 @@ def where(tb: TracebackType | None, folder: Path) -> str:
     inside = [at for at in frames if Path(at[0].co_filename).is_relative_to(folder)]
     code, line = (inside or frames)[-1]
     return location(code.co_filename, line, code.co_name, folder)
+
+
+def trace(exc: BaseException) -> str:
+    """The traceback, as Python prints it, shortened from the front; or why there is none."""
+    try:
+        text = "".join(traceback.format_exception(exc, limit=-_MAX_FRAMES))
+    except BaseException as second:  # plugin code: formatting asks the exception for this and that
+        return f"<no traceback: formatting it raised {type_name(type(second))}>"
+    return text.encode("utf-8", "backslashreplace").decode()[-_MAX_TRACE:]
 
 
 def syntax_error_where(exc: SyntaxError, folder: Path) -> str:

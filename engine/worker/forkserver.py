@@ -29,6 +29,7 @@ from engine.sandbox import proc, wire
 from engine.worker import confine, contain, mounts, serve
 
 _SWEEP_S = 1.0  # how long a killed orphan may take to die before we go on without it
+_AGAIN_MS = 100  # until we come back to those that were left
 _MAX_FDS = 16
 
 
@@ -48,6 +49,7 @@ class ForkServer:
         self._private = private
         self._workers: dict[int, tuple[int, Path]] = {}  # pid: (token, scratch folder)
         self._removers: set[int] = set()  # children of ours that delete a scratch folder
+        self._swept = True  # no orphan outlived its sweep
 
     def run(self) -> None:
         """Serve until the engine is gone, then clean up and exit."""
@@ -67,7 +69,9 @@ class ForkServer:
         poll.register(self._control, select.POLLIN)
         poll.register(wake_in, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(None if self._swept else _AGAIN_MS)}
+            if not self._swept:
+                self._kill_orphans()
             if wake_in in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake_in, 4096)
@@ -145,6 +149,7 @@ class ForkServer:
                 pid for pid in proc.children(os.getpid()) if pid not in self._workers and pid not in self._removers
             ]
             if not orphans:
+                self._swept = True
                 return
             for pid in orphans:
                 with contextlib.suppress(ProcessLookupError):
@@ -153,6 +158,7 @@ class ForkServer:
                 with contextlib.suppress(ChildProcessError):
                     while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
                         time.sleep(0.0005)
+        self._swept = False
 
     def _remove(self, folder: Path) -> None:
         """Delete a scratch folder in a child, because a plugin may have put a million files there."""

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from msgspec import msgpack
@@ -55,7 +56,7 @@ class _LogHandler(logging.Handler):
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._send(wire.LogLine(record.levelname.lower(), self.format(record)[:4096]))
+        self._send(wire.LogLine(record.levelname.lower(), failure.sendable(self.format(record), 4096)))
 
 
 def load(start: wire.Start, send: Callable[[wire.Message], None]) -> dict[str, BoundTool]:
@@ -96,6 +97,9 @@ def _import(start: wire.Start) -> Callable[[Context], Any]:
     sys.dont_write_bytecode = True  # a stale .pyc must not survive an edit that a restart should show
     importlib.invalidate_caches()
     module = importlib.import_module(module_name)
+    if _hidden(module_name, Path(start.folder)):
+        text = f"the entry `{start.entry}` is a module of the standard library; rename {module_name}.py"
+        raise _refusal("import", "hidden", text)
     plugin_class = getattr(module, class_name, None)
     if not callable(plugin_class):
         raise _refusal("import", "no_class", f"{module_name}.py has no class `{class_name}`")
@@ -116,7 +120,7 @@ def _refusal(stage: str, kind: str, message: str) -> Refused:
 
 
 @contextlib.contextmanager
-def _stage(name: str, start: wire.Start, send: Callable[[wire.Message], None]) -> Iterator[None]:
+def _stage(name: wire.StageName, start: wire.Start, send: Callable[[wire.Message], None]) -> Iterator[None]:
     """Announce a stage, so that a death in it can be told from one in another; report what it raises."""
     send(wire.Stage(name))
     try:
@@ -124,9 +128,12 @@ def _stage(name: str, start: wire.Start, send: Callable[[wire.Message], None]) -
     except Refused:
         raise
     except ToolInvalid as exc:
-        raise _refusal(name, "bad_signature", str(exc)) from None
+        raise _refusal(name, "bad_signature", failure.message(exc)) from None
     except BaseException as exc:  # plugin code may raise anything
-        raise Refused(_report(name, exc, start)) from None
+        report = _report(name, exc, start)
+        if report.kind == "exception":
+            send(wire.LogLine("error", failure.trace(exc)))
+        raise Refused(report) from None
 
 
 def _report(stage: str, exc: BaseException, start: wire.Start) -> wire.StartFailed:
@@ -136,13 +143,34 @@ def _report(stage: str, exc: BaseException, start: wire.Start) -> wire.StartFail
     at = failure.where(exc.__traceback__, folder)
     if isinstance(exc, SyntaxError):
         at = failure.syntax_error_where(exc, folder) or at
-    kind, text = "exception", failure.message(exc)
+    kind, text = "exception", failure.message(exc) + _hint(exc, folder)
     chain: tuple[str, ...] = ()
     if failure.is_memory(exc):
         kind = "memory"
     elif (missing := _missing(exc, folder)) is not None:
         kind, text, chain = "missing", missing, _chain(exc, start)
     return wire.StartFailed(stage, kind, failure.type_name(type(exc)), text, at, chain)
+
+
+def _hidden(name: str, folder: Path) -> bool:
+    """Whether a module of the plugin's folder bears the name of a standard one that was there before it."""
+    top = name.partition(".")[0]
+    if top not in sys.stdlib_module_names or not ((folder / top).is_dir() or (folder / f"{top}.py").is_file()):
+        return False
+    file = getattr(sys.modules.get(top), "__file__", None)
+    return not (isinstance(file, str) and Path(file).is_relative_to(folder))
+
+
+def _hint(exc: BaseException, folder: Path) -> str:
+    """What an import that found the standard library's module instead of the plugin's own is to be told."""
+    name = None
+    if isinstance(exc, AttributeError) and isinstance(exc.obj, ModuleType):
+        name = exc.obj.__name__
+    elif isinstance(exc, ImportError):
+        name = exc.name
+    if not isinstance(name, str) or not _hidden(name, folder):
+        return ""
+    return f" (that is the standard library's `{name}`, not the plugin's own: rename the plugin's)"
 
 
 def _missing(exc: BaseException, folder: Path) -> str | None:
@@ -163,7 +191,12 @@ def _chain(exc: BaseException, start: wire.Start) -> tuple[str, ...]:
     entry = start.entry.partition(":")[0]
     for frame, _ in traceback.walk_tb(exc.__traceback__):
         name = frame.f_globals.get("__name__", "")
-        if name in chain or name == entry or name.startswith(("importlib", "engine.")):
+        if (
+            not isinstance(name, str)
+            or name in chain
+            or name == entry
+            or name.startswith(("importlib", "engine."))
+        ):
             continue
-        chain.append(name)
+        chain.append(failure.sendable(name))
     return tuple(chain)

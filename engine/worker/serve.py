@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import faulthandler
 import inspect
+import math
 import os
 import socket
 import sys
@@ -176,7 +177,7 @@ class Caller:
         self._out = Arena(descriptors.arena_out, writable=True)
         arena_in = Arena(descriptors.arena_in, writable=False)
         self._lender = lending.Lender(arena_in.size)
-        self._decoder = values.Decoder(arena_in, self._lender.make)
+        self._decoder = values.Decoder(arena_in, self._lender.make, files=True)
         self._runner: asyncio.Runner | None = None
 
     def answer(self, call: wire.Call) -> wire.Message:
@@ -190,7 +191,7 @@ class Caller:
         try:
             arguments = tools.decode(tool, call.encoding, call.arguments, self._decoder)
         except tools.BadInput as exc:
-            return wire.Failed(call.call_id, "bad_input", "BadInput", str(exc))
+            return wire.Failed(call.call_id, "bad_input", "BadInput", failure.message(exc))
         except MemoryError:  # nothing of the plugin ran: whoever sent that much is to blame, not the plugin
             text = "the arguments do not fit into the memory that the plugin has left; send less"
             return wire.Failed(call.call_id, "input_too_large", "InputTooLarge", text)
@@ -249,7 +250,9 @@ class Caller:
         def progress(done: float, total: float) -> None:
             nonlocal last_s
             now_s = time.monotonic()
-            if now_s - last_s >= _PROGRESS_INTERVAL_S or done >= total:
+            if not (math.isfinite(done) and math.isfinite(total)):
+                return  # there is no such number in JSON
+            if now_s - last_s >= _PROGRESS_INTERVAL_S or 0 < total <= done:
                 last_s = now_s
                 self._send(wire.Progress(call_id, float(done), float(total)))
 
@@ -262,9 +265,12 @@ class Caller:
             encoded = tools.encode_result(value, arena)
         except ArenaFull:
             raise _Unsendable(self._too_large(call_id)) from None
+        except values.TooManyValues as exc:
+            text = f"{exc}; bytes and arrays may be longer"
+            raise _Unsendable(wire.Failed(call_id, "too_large", "ResultTooLarge", text)) from None
         except MemoryError:
             raise _Unsendable(wire.Failed(call_id, "memory", "MemoryError", "its result does not fit")) from None
-        except Exception as exc:  # a value may have hostile attributes
+        except BaseException as exc:  # a value may have hostile attributes
             kind, text = failure.type_name(type(exc)), failure.message(exc)
             raise _Unsendable(wire.Failed(call_id, "invalid", kind, text)) from None
         if memoryview(encoded).nbytes > min(self._max_result_bytes, wire.MAX_FRAME_BYTES - 1024):
@@ -293,6 +299,8 @@ class Caller:
             kind = "rejected"
         elif failure.is_memory(exc):
             kind = "memory"
+        if kind == "exception":
+            self._send(wire.LogLine("error", failure.trace(exc)))
         at = failure.where(exc.__traceback__, self._folder)
         return wire.Failed(call_id, kind, failure.type_name(type(exc)), failure.message(exc), at)
 

@@ -15,13 +15,18 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, UnsetType, msgpack
 
 from engine.sandbox import values, wire
 from engine.sandbox.arena import Arena
 
 _PROGRESS = "progress"
 _BYTES = (bytes, bytearray, memoryview)
+
+
+_MAX_DEPTH = 256  # of a result; far below where either side's stack would end
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+_CHECKED = (*_CONTAINERS, msgpack.Ext)
 
 
 class BadInput(Exception):
@@ -297,19 +302,22 @@ def _shown_hint(hint: Any) -> str:
 
 def encode_result(value: Any, arena: Arena | None) -> msgspec.Raw:
     """A result or item for the wire. Raises like `values.encode`, and TypeError for keys JSON cannot have."""
-    encoded = values.encode(value, arena)
-    _check_keys(value)
+    _check(value, 0)
+    encoded = values.encode(value, arena, values.MAX_VALUE_BYTES)
     return msgspec.Raw(encoded)
 
 
-def _check_keys(value: Any) -> None:
-    """Only text and numbers can be keys in JSON. The depth is known to be sane: it was encoded before."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            if not isinstance(key, str | int | float):
-                raise TypeError(f"a key of type `{type(key).__name__}` has no JSON form; use text")
-            _check_keys(part)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for part in value:
-            if isinstance(part, dict | list | tuple | set | frozenset):
-                _check_keys(part)
+def _check(value: Any, depth: int) -> None:
+    """What MessagePack would take and JSON, or the engine's stack, would not."""
+    if isinstance(value, _CONTAINERS):
+        if depth >= _MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
+        if isinstance(value, dict):
+            for key in value:
+                if isinstance(key, bool) or not isinstance(key, str | int | float):
+                    raise TypeError(f"a key of type `{type(key).__name__}` has no JSON form; use text")
+        for part in value.values() if isinstance(value, dict) else value:
+            if isinstance(part, _CHECKED):
+                _check(part, depth + 1)
+    elif isinstance(value, msgpack.Ext):
+        raise TypeError("a value of type `Ext` has no JSON form")
