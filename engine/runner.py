@@ -16,8 +16,9 @@ from engine.lifecycle.states import IN_SERVICE, State
 from engine.loader.manifest import Manifest
 from engine.outcome import Broke, Completed, Outcome, Refused
 from engine.registry import Incarnation, PluginRegistry, did_you_mean
-from engine.sandbox.host import Broken, Rejected, Reply, Value, Worker
+from engine.sandbox.host import Worker
 from engine.sandbox.pool import Pool, PoolClosed, QueueFull
+from engine.sandbox.replies import Broken, Rejected, Reply, Value
 from engine.sandbox.wire import Encoded
 from engine.settings import Settings
 from events.bus import EventBus

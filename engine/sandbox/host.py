@@ -23,7 +23,7 @@ import socket
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -36,7 +36,9 @@ from engine.sandbox.evidence import Death, Failure, Process
 from engine.sandbox.fingerprint import InFlight
 from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.output import Output, RateLimit
+from engine.sandbox.replies import Broken, Rejected, Reply, Sink, Value
 from engine.sandbox.spawner import Spawned, Spawner
+from engine.sandbox.stack import StackPipe
 from engine.sandbox.verdict import (
     Ending,
     Evidence,
@@ -44,15 +46,12 @@ from engine.sandbox.verdict import (
     Verdict,
     failed_call,
     failed_start,
-    stack_is_whole,
     stage_name,
     verdict,
 )
 
 log = structlog.get_logger(__name__)
 
-_STACK_WAIT_S = 1.0  # for a hung worker's stack: under a millisecond, once it is given a CPU
-_STACK_BYTES = 65536  # the capacity of a pipe
 _EXIT_WAIT_S = 0.25  # between the channel's end and the process's, before it counts as a breach
 # Arguments of this size take a while to decode, and that time is not the tool's.
 _LARGE_BYTES = 1024 * 1024
@@ -90,46 +89,6 @@ class Observer(Protocol):
 
     def fault(self, name: str, exc: BaseException) -> None:
         """The engine's own part of the worker failed."""
-
-
-class Value(msgspec.Struct, frozen=True):
-    """A tool's result."""
-
-    value: Any
-
-
-class Rejected(msgspec.Struct, frozen=True):
-    """The caller's input was bad; the plugin is as it was."""
-
-    error_type: str
-    message: str
-    reason_code: ReasonCode = ReasonCode.BAD_INPUT
-
-
-class Broken(msgspec.Struct, frozen=True):
-    """The plugin broke. `error_type` is the exception's, where there was one."""
-
-    cause: Cause
-    error_type: str = ""
-
-
-Reply: TypeAlias = Value | Rejected | Broken
-
-
-class Sink(Protocol):
-    """Where a running call's signs of life go. `held_s` is how long the caller kept the worker waiting."""
-
-    def began(self) -> None:
-        """The arguments were accepted; plugin code runs now."""
-
-    def progress(self, done: float, total: float) -> None:
-        """The tool said how far it is."""
-
-    def item(self, value: Any, size_bytes: int, channel: Channel) -> None:
-        """One item of a stream. May pause the channel, to resume it once the consumer has caught up."""
-
-    def take_held_s(self) -> float:
-        """Seconds for which the consumer held the worker up since the last time this was asked."""
 
 
 class _Running(msgspec.Struct):
@@ -181,7 +140,6 @@ class Worker:
         self._known: Cause | None = None
         self._failure: Failure | None = None
         self._in_flight: InFlight | None = None  # the call that its end belongs to
-        self._stack = b""
         self._limit_s = 0.0
         self._log_rate = RateLimit(spec.log_lines_per_s)
         self._progress_rate = RateLimit(_PROGRESS_PER_S)
@@ -241,7 +199,7 @@ class Worker:
         self._arena_in = arena.Arena(arena_in, writable=True)
         self._arena_out = arena.Arena(arena_out, writable=False)
         self._decoder = values.Decoder(self._arena_out, _make_array)
-        self._stack_fd = stack
+        self._stack = StackPipe(stack)
         self._output = Output(output, self._on_output, self._spec.log_lines_per_s)
         self._observer.worker_started(self.pid)
         self._watch.add(self)
@@ -380,34 +338,10 @@ class Worker:
                 await asyncio.wait_for(asyncio.shield(self._dead), self._spec.stop_grace_s)
                 return
         if self._ending in (Ending.TIMEOUT, Ending.START_TIMEOUT):
-            await self._ask_for_stack()
+            self._signal(wire.DUMP_SIGNAL)
+            if not await self._stack.arrived():
+                log.info("no_stack", pid=self.pid)
         self._signal(signal.SIGKILL)
-
-    async def _ask_for_stack(self) -> None:
-        """Have faulthandler write where the worker hangs. It answers even inside C code, if not for ever."""
-        arrived = asyncio.Event()
-        self._loop.add_reader(self._stack_fd, arrived.set)
-        self._signal(wire.DUMP_SIGNAL)
-        try:
-            async with asyncio.timeout(_STACK_WAIT_S):
-                while not stack_is_whole(self._stack):
-                    arrived.clear()
-                    await arrived.wait()
-                    if not self._read_stack():
-                        break
-        except TimeoutError:
-            log.info("no_stack", pid=self.pid)
-        finally:
-            self._loop.remove_reader(self._stack_fd)
-
-    def _read_stack(self) -> bool:
-        """Take what faulthandler has written so far; of too much, the end. False once nothing more can come."""
-        try:
-            chunk = os.read(self._stack_fd, _STACK_BYTES)
-        except BlockingIOError:
-            return True
-        self._stack = (self._stack + chunk)[-_STACK_BYTES:]
-        return bool(chunk)
 
     def _signal(self, number: int) -> None:
         """By pidfd: a pid may long be somebody else's."""
@@ -461,7 +395,6 @@ class Worker:
             doing = f"`{self._running.tool}`"
         else:
             doing = "" if self._started.done() else stage_name(self._stage) or "its start"
-        self._read_stack()
         return Evidence(
             folder=self._spec.start.folder,
             doing=doing,
@@ -474,7 +407,7 @@ class Worker:
             process_limit=self.process_limit,
             memory_peak_bytes=self.memory_peak_bytes,
             oom_kills=oom_kills,
-            stack=self._stack.decode("utf-8", "replace"),
+            stack=self._stack.text(),
             main_thread=self._main_thread,
             output_tail=self._output.tail(),
         )
@@ -513,7 +446,7 @@ class Worker:
         for mapped in (self._arena_in, self._arena_out):
             mapped.release()
             os.close(mapped.fd)
-        os.close(self._stack_fd)
+        self._stack.close()
         os.close(self._spawned.pidfd)
 
     # What the worker says.

@@ -1,0 +1,59 @@
+"""The pipe on which a worker's fault handler writes its Python stack."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from engine.sandbox.verdict import stack_is_whole
+
+_WAIT_S = 1.0  # for a hung worker's stack: under a millisecond, once it is given a CPU
+_BYTES = 65536  # the capacity of a pipe; of more, the end is kept
+
+
+class StackPipe:
+    """Reads what faulthandler writes, without ever blocking.
+
+    Args:
+        fd: the reading end, non-blocking; closed by `close`.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._stack = b""
+
+    async def arrived(self) -> bool:
+        """Wait for a dump that was asked for, even from inside C code. False where it does not come whole."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._fd, readable.set)
+        try:
+            async with asyncio.timeout(_WAIT_S):
+                while not stack_is_whole(self._stack):
+                    readable.clear()
+                    await readable.wait()
+                    if not self._read():
+                        return False
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(self._fd)
+        return True
+
+    def text(self) -> str:
+        """Everything that was written so far."""
+        self._read()
+        return self._stack.decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Let go of the pipe."""
+        os.close(self._fd)
+
+    def _read(self) -> bool:
+        """False once nothing more can come."""
+        try:
+            chunk = os.read(self._fd, _BYTES)
+        except BlockingIOError:
+            return True
+        self._stack = (self._stack + chunk)[-_BYTES:]
+        return bool(chunk)
