@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.errors import HoldfastError, SetupError, UnknownPlugin
+    from engine.errors import HoldfastError, SetupError, StreamStalled, UnknownPlugin
     from engine.outcome import Array, Broke, CallFailed, Completed, Outcome, Refused
     from engine.settings import Settings
 
@@ -26,6 +26,7 @@ __all__ = [
     "Refused",
     "Settings",
     "SetupError",
+    "StreamStalled",
     "UnknownPlugin",
 ]
 
@@ -34,6 +35,7 @@ _HOME = {
     "Settings": "engine.settings",
     "HoldfastError": "engine.errors",
     "SetupError": "engine.errors",
+    "StreamStalled": "engine.errors",
     "UnknownPlugin": "engine.errors",
 }
 

@@ -8,8 +8,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import structlog
-
 from engine.call import Call, Collected, OnProgress, Request, Stream
 from engine.errors import Cause, ReasonCode, UnknownPlugin
 from engine.lifecycle.states import IN_SERVICE, State
@@ -22,8 +20,6 @@ from engine.sandbox.replies import Broken, Rejected, Reply, Value
 from engine.sandbox.wire import Encoded
 from engine.settings import Settings
 from events.bus import EventBus
-
-log = structlog.get_logger(__name__)
 
 Arguments: TypeAlias = Mapping[str, Any] | Encoded
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import structlog
 from msgspec import msgpack
 
 from engine.crash_store import CrashStore
@@ -31,8 +30,6 @@ from engine.sandbox.verdict import Ending, ExitStatus, Verdict
 from engine.settings import Settings
 from events.bus import EventBus
 from events.envelope import PluginLog, WorkerExited, WorkerStarted
-
-log = structlog.get_logger(__name__)
 
 _MIB = 1024 * 1024
 _SLOT_WAIT_S = 5.0

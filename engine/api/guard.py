@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
-import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
@@ -21,8 +20,6 @@ from engine.api.tokens import Role, Tokens
 from engine.engine import Engine
 from engine.errors import ReasonCode, UnknownPlugin
 from engine.settings import Settings
-
-log = structlog.get_logger(__name__)
 
 Roles: TypeAlias = Mapping[tuple[str, str], Role]
 

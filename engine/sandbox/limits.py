@@ -11,12 +11,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-import structlog
-
 from engine.sandbox import proc
 from engine.sandbox.evidence import Process
-
-log = structlog.get_logger(__name__)
 
 _MAX_MEMBERS = 64  # of a tree, by name
 _IDLE_INTERVALS = 10  # with no worker busy, one look in ten is enough

@@ -52,10 +52,6 @@ class Descriptors(NamedTuple):
         return own
 
 
-class ChannelLost(Exception):
-    """The engine's end is gone, or ours is."""
-
-
 class Channel:
     """Frames over the socketpair, blocking. Any thread may send; one receives."""
 
