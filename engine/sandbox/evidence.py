@@ -15,7 +15,7 @@ import msgspec
 
 from engine.errors import Cause, ReasonCode
 from engine.sandbox.fingerprint import InFlight
-from engine.sandbox.verdict import Ending, Evidence, ExitStatus
+from engine.sandbox.verdict import Ending, Evidence, ExitStatus, self_signal_place
 
 
 class By(StrEnum):
@@ -66,7 +66,6 @@ class Death(NamedTuple):
     processes: tuple[Process, ...]  # of a tree that held over half of its limit, the largest first
 
 
-_SELF_SIGNAL = re.compile(r"^self-signal (\d{1,3}) at (.{1,500})$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(.*)", line \d+ in ')
 _EXTENSIONS = re.compile(r"^Extension modules: (.+?)(?: \(total: \d+\))?$", re.MULTILINE)
 _OURS = "msgspec"  # in every worker
@@ -85,9 +84,9 @@ def signal_sender(death: Death) -> tuple[Sender | None, str]:
     """Who sent the signal, and from where in the plugin if it was the plugin; None where it died of none."""
     if death.status.signal is None:
         return None, ""
-    own = _SELF_SIGNAL.findall(death.evidence.stack)
-    if death.evidence.ending is None and own and int(own[-1][0]) == death.status.signal:
-        return Sender.ITSELF, own[-1][1]
+    place = self_signal_place(death.status, death.evidence)
+    if death.evidence.ending is None and place is not None:
+        return Sender.ITSELF, place
     if death.evidence.ending is not None and death.status.signal == signal.SIGKILL:
         return Sender.ENGINE, ""
     if memory_limit(death) == "machine":

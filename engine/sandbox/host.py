@@ -269,7 +269,8 @@ class Worker:
         self._next_call_id += 1
         try:
             encoded = self._encoded(arguments)
-            frame = self._call_frame(tool, encoded, announce)
+            large = len(encoded.data) >= _LARGE_BYTES
+            frame = self._call_frame(tool, encoded, announce or large)
         except arena.ArenaFull as exc:
             text = f"the arguments are too large: {exc}; send less, or raise arena_bytes and [limits] memory_mib"
             return Rejected("InputTooLarge", text, ReasonCode.INPUT_TOO_LARGE)
@@ -277,7 +278,7 @@ class Worker:
             return Rejected("BadInput", _unsendable(arguments, exc))
         reply: asyncio.Future[Reply] = self._loop.create_future()
         running = _Running(self._next_call_id, tool, sink, reply, encoded, request_id, self._loop.time())
-        if len(frame) >= _LARGE_BYTES:
+        if large:
             running.began = self._loop.create_future()
         if self.dead:
             return Broken(_cause_of(self._dead.result()))
@@ -292,7 +293,6 @@ class Worker:
         return wire.Encoded("python", values.encode_arguments(arguments, self._arena_in))
 
     def _call_frame(self, tool: str, arguments: wire.Encoded, announce: bool) -> bytes:
-        announce = announce or len(arguments.data) >= _LARGE_BYTES - wire.HEADER.size
         call = wire.Call(self._next_call_id, tool, arguments.encoding, arguments.data, announce)
         return wire.frame(call)
 
@@ -377,9 +377,7 @@ class Worker:
             evidence = self._evidence(oom_kills)
             judged = verdict(status, evidence)
             death = self._death(status, evidence, judged)
-        except (
-            Exception
-        ) as exc:  # the evidence is in part what the plugin wrote; whoever waits must not wait for ever
+        except Exception as exc:  # the evidence is in part what the plugin wrote, and somebody waits for a verdict
             self._observer.fault("verdict", exc)
             judged = _unjudged(exc)
         self._release()

@@ -163,9 +163,8 @@ def _died_by_itself(status: ExitStatus, evidence: Evidence) -> Verdict:
 
 def _signalled(status: ExitStatus, evidence: Evidence, doing: str, at: str) -> Verdict:
     name, number = status.signal_name, status.signal
-    own = _SELF_SIGNAL.findall(evidence.stack)
-    if own and int(own[-1][0]) == number:
-        text = f"it sent {name} to itself{doing} at {own[-1][1]}; remove that, then restart the plugin"
+    if (place := self_signal_place(status, evidence)) is not None:
+        text = f"it sent {name} to itself{doing} at {place}; remove that, then restart the plugin"
         return _cause(ReasonCode.WORKER_SIGNAL, evidence, text)
     if number == signal.SIGABRT and _NO_MEMORY.search(evidence.output_tail):
         return _cause(
@@ -297,6 +296,12 @@ def failed_start(report: wire.StartFailed, memory_limit_bytes: int) -> Cause:
     return Cause(_STAGE_CODES.get(report.stage, ReasonCode.INIT_ERROR), f"{report.message}; mend it, then restart")
 
 
+def self_signal_place(status: ExitStatus, evidence: Evidence) -> str | None:
+    """Where in the plugin the signal that it died of was sent, by its own note; None where there is none."""
+    notes = _SELF_SIGNAL.findall(evidence.stack)
+    return notes[-1][1] if notes and int(notes[-1][0]) == status.signal else None
+
+
 def stack_is_whole(stack: bytes) -> bool:
     """Whether a dump on request has come to its end: many small writes, of which the last is our own main module's
     frame (faulthandler writes the main thread last), or the sign that it has cut a deep stack."""
@@ -305,21 +310,25 @@ def stack_is_whole(stack: bytes) -> bool:
 
 def fatal_place(evidence: Evidence) -> str:
     """Where the thread that crashed was, from faulthandler's last words; "" where they do not say."""
-    _, _, fatal = evidence.stack.rpartition("Fatal Python error")
-    return _place(_threads(fatal), None, evidence.folder)
+    return _place(_fatal_threads(evidence), None, evidence.folder)
 
 
 def _only_waited(evidence: Evidence) -> bool:
     """Whether the thread that took the signal was our own, waiting for the next call: it does nothing that could
     fault, so somebody sent the signal."""
-    _, _, fatal = evidence.stack.rpartition("Fatal Python error")
-    frames = _threads(fatal).get(None) or [("", "", "")]
+    frames = _fatal_threads(evidence).get(None) or [("", "", "")]
     return frames[0][0].endswith(_WAITS[0]) and frames[0][2] == _WAITS[1]
 
 
 def hang_place(evidence: Evidence) -> str:
     """Where the thread that runs the tools was when it was asked; "" where it did not answer."""
     return _place(_threads(evidence.stack), evidence.main_thread, evidence.folder)
+
+
+def _fatal_threads(evidence: Evidence) -> dict[int | None, list[tuple[str, str, str]]]:
+    """The threads as they were at the crash: what stands before it may be the plugin's own words."""
+    _, _, fatal = evidence.stack.rpartition("Fatal Python error")
+    return _threads(fatal)
 
 
 def _threads(stack: str) -> dict[int | None, list[tuple[str, str, str]]]:
