@@ -33,7 +33,7 @@ from engine.runner import ToolRunner
 from engine.sandbox.containment import supported
 from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.spawner import Spawner
-from engine.sandbox.wire import Encoded
+from engine.sandbox.wire import UPLOADS, Encoded
 from engine.settings import CONFIG_FILE, Settings, bundled_dir
 from engine.startup import Starter
 from events.audit import AuditLog
@@ -110,6 +110,7 @@ class Engine:
             data_dir = settings.data_dir.absolute()
             await self._open_events(data_dir, stack)
             self.scratch_root = data_dir / "scratch" / self.instance.rpartition("/")[2]
+            self.uploads = self.scratch_root / UPLOADS
             await asyncio.to_thread(_remove_stale, self.scratch_root.parent)
             self._crashes = CrashStore(data_dir / "crashes", settings.crash_bundles, self.note_fault)
             stack.push_async_callback(self._crashes.close)

@@ -150,7 +150,7 @@ class Starter:
             incarnation.leave_service(Trigger.BECOME_UNAVAILABLE, combine(incarnation.findings))
             return
         models = await asyncio.to_thread(resolve_models, manifest, folder)
-        uploads = self._spawner.scratch_root / "uploads"
+        uploads = self._spawner.scratch_root / wire.UPLOADS
         sandbox = await asyncio.to_thread(resolve_sandbox, manifest, folder, uploads)
         observer = _Observer(incarnation, self._bus, self._crashes, self._fail, self._on_fault)
         starts = [

@@ -31,7 +31,7 @@ async def run(request: web.Request) -> web.StreamResponse:
     # Before the body is read: nobody should send a gigabyte to learn that there is no such tool.
     if (refused := engine.refusal(plugin, tool, request_id)) is not None:
         return told_response(tell(refused, refused.state))
-    spool = Spool(engine.scratch_root / "uploads")
+    spool = Spool(engine.uploads)
     try:
         arguments = await _arguments(request, engine, spool)
     except BodyRefused as exc:

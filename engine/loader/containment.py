@@ -52,7 +52,7 @@ def resolve_sandbox(
     Args:
         manifest: the plugin's.
         folder: the plugin's.
-        uploads: where the files of calls are, which any tool may read.
+        uploads: where the files of calls are, which any tool may read; it exists when the worker starts.
         env: as of `check_sandbox`.
     """
     known = os.environ if env is None else env
@@ -61,7 +61,6 @@ def resolve_sandbox(
         tuple(str(folder / _expanded(path, known)) for path in paths) for paths in (sandbox.read, sandbox.write)
     )
     if sandbox.filesystem == "listed":
-        uploads.mkdir(mode=0o700, parents=True, exist_ok=True)  # a right can be given only to what is there
         read = (*read, str(uploads))
     return wire.Sandbox(sandbox.network, sandbox.filesystem, read, write)
 

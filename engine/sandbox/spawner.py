@@ -229,7 +229,6 @@ class Spawner:
 
 
 def _launch(control: socket.socket, scratch_root: Path, private: Sequence[Path]) -> subprocess.Popen[bytes]:
-    scratch_root.mkdir(mode=0o700, parents=True, exist_ok=True)
     folders = [str(path.absolute()) for path in (scratch_root, *private)]  # its working directory is not ours
     command = [sys.executable, "-P", str(_MAIN), str(control.fileno()), *folders]
     return subprocess.Popen(

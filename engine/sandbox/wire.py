@@ -18,6 +18,7 @@ import msgspec
 from msgspec import msgpack
 
 PROTOCOL = 1
+UPLOADS = "uploads"  # the folder in the scratch root where the files of calls are
 HEADER = struct.Struct("!I")
 # Larger values travel through the arena or are refused; no frame may make the other side allocate more.
 MAX_FRAME_BYTES = 64 * 1024 * 1024

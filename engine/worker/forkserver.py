@@ -52,7 +52,17 @@ class ForkServer:
         self._swept = True  # no orphan outlived its sweep
 
     def run(self) -> None:
-        """Serve until the engine is gone, then clean up and exit."""
+        """Serve until the engine is gone, then clean up, whatever happened."""
+        # Made by who removes it: an engine that was killed right after making it would leave it behind.
+        with contextlib.suppress(OSError):  # a worker that cannot make its own folder in there says why
+            self._scratch_root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self._scratch_root / wire.UPLOADS).mkdir(mode=0o700, exist_ok=True)
+        try:
+            self._serve()
+        finally:
+            self._leave_nothing()
+
+    def _serve(self) -> None:
         if self._private:
             # The parent of the scratch root, so that the root can still be removed: a mount point cannot.
             self._tell(wire.Isolated(mounts.hide(self._private, self._scratch_root.parent)), [])
@@ -77,8 +87,7 @@ class ForkServer:
                     os.read(wake_in, 4096)
                 self._reap()
             if self._control.fileno() in ready and not self._serve_request():
-                break
-        self._leave_nothing()
+                return
 
     def _serve_request(self) -> bool:
         """Fork one worker. False once the engine is gone."""
