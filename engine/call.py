@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import structlog
 
-from engine.errors import StreamStalled
-from engine.lifecycle.states import Trigger
-from engine.outcome import CallFailed, Completed, Outcome
+from engine.errors import Cause, StreamStalled
+from engine.lifecycle.states import State, Trigger
+from engine.outcome import Broke, CallFailed, Completed, Outcome
 from engine.registry import Incarnation
 from engine.sandbox.channel import Channel
+from engine.sandbox.host import Worker
+from engine.sandbox.replies import Reply
 from engine.sandbox.wire import Encoded
 from events.bus import EventBus
 from events.envelope import CallFinished, CallProgress, CallStarted
@@ -187,51 +190,101 @@ class Request(NamedTuple):
 
 
 class Call:
-    """One call's sink: publishes its events, and hands its items on."""
+    """One call on its way: told by its worker what goes on, it publishes the events and hands on the items.
 
-    def __init__(self, request: Request, incarnation: Incarnation, bus: EventBus) -> None:
-        self._incarnation = incarnation
-        self._tool = request.tool
-        self._request_id = request.request_id
-        self._bus = bus
-        self._on_progress = request.on_progress
-        self._started = False
+    Args:
+        request: what the caller asked for.
+        incarnation: of the plugin that it was admitted to.
+        timeout_s: its deadline, from when it has a worker.
+        bus: where its events go.
+        conclude: makes the outcome of a call that a worker replied to, or, given a cause, that got no worker.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        incarnation: Incarnation,
+        timeout_s: float,
+        bus: EventBus,
+        conclude: Callable[[Call, Reply | Cause], None],
+    ) -> None:
+        self.request = request
+        self.incarnation = incarnation
+        self.timeout_s = timeout_s
+        self.tool = request.tool
+        self.arguments = request.arguments
+        self.request_id = request.request_id
+        self.announce = False
+        self.worker: Worker | None = None
+        # Cancelled with the caller that waits for it; the call itself then goes on and nobody is told.
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.item = request.consumer.item
         self.take_held_s = request.consumer.take_held_s
+        self._bus = bus
+        self._conclude = conclude
+        self._on_progress = request.on_progress
+        self._started = False
+        self._began_s = 0.0
+
+    def begin(self, worker: Worker) -> None:
+        """It has a worker."""
+        self.worker = worker
+        # Until its first call begins a plugin is INITIALIZED, and bad input must leave it so: the worker then
+        # says when it has accepted the arguments.
+        self.announce = self.incarnation.status.state is State.INITIALIZED
+        self._began_s = time.perf_counter()
+        worker.begin(self)
+        if not self.announce:
+            self._start()
+
+    def turned_away(self, cause: Cause) -> None:
+        """It gets no worker."""
+        self._conclude(self, cause)
+
+    def replied(self, reply: Reply) -> None:
+        """The worker answered, or broke."""
+        self._conclude(self, reply)
+
+    @property
+    def duration_ms(self) -> float:
+        """Since it had a worker."""
+        return (time.perf_counter() - self._began_s) * 1000
 
     def began(self) -> None:
         """Plugin code runs: the first call of all brings the plugin to RUNNING."""
-        self._incarnation.lifecycle.fire_if(Trigger.RUN)
-        self.started()
+        self.incarnation.lifecycle.fire_if(Trigger.RUN)
+        self._start()
 
-    def started(self) -> None:
-        """The call is with the worker."""
+    def _start(self) -> None:
         if not self._started:
             self._started = True
-            self._bus.publish(CallStarted(self._tool, self._request_id), self._incarnation.name)
+            self._bus.publish(CallStarted(self.tool, self.request_id), self.incarnation.name)
 
     def progress(self, done: float, total: float) -> None:
         """The tool said how far it is."""
-        self._bus.publish(CallProgress(self._tool, self._request_id, done, total), self._incarnation.name)
+        self._bus.publish(CallProgress(self.tool, self.request_id, done, total), self.incarnation.name)
         if self._on_progress is not None:
             try:
                 self._on_progress(done, total)
             except Exception as exc:  # the caller's own code: its trouble must not look like the worker's
                 error = f"{type(exc).__name__}: {exc}"
-                log.warning("on_progress_failed", plugin=self._incarnation.name, tool=self._tool, error=error)
+                log.warning("on_progress_failed", plugin=self.incarnation.name, tool=self.tool, error=error)
                 self._on_progress = None
 
-    def finished(self, outcome: Outcome, *, broke: bool) -> None:
-        """The call is over."""
-        self.started()  # its arguments may have been refused before anything ran
-        code = outcome.reason_code
-        finished = CallFinished(
-            self._tool,
-            self._request_id,
-            outcome.ok,
-            outcome.duration_ms,
-            outcome.error_type,
-            None if code is None else code.value,
-            broke,
-        )
-        self._bus.publish(finished, self._incarnation.name)
+    def finish(self, outcome: Outcome) -> None:
+        """It is over: publish that, if a worker had it, and tell the caller."""
+        if self.worker is not None:
+            self._start()  # its arguments may have been refused before anything ran
+            code = outcome.reason_code
+            finished = CallFinished(
+                self.tool,
+                self.request_id,
+                outcome.ok,
+                outcome.duration_ms,
+                outcome.error_type,
+                None if code is None else code.value,
+                isinstance(outcome, Broke),
+            )
+            self._bus.publish(finished, self.incarnation.name)
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)

@@ -10,7 +10,7 @@ import msgspec
 from engine.errors import HoldfastError, ReasonCode
 
 
-class Array(msgspec.Struct, frozen=True):
+class Array:
     """An array a plugin returned, in an engine without numpy: `numpy.asarray(array)` makes one, uncopied.
 
     Attributes:
@@ -19,9 +19,24 @@ class Array(msgspec.Struct, frozen=True):
         data: the elements in C order.
     """
 
-    typestr: str
-    shape: tuple[int, ...]
-    data: bytes
+    # No struct and no dataclass: passed to a tool it is an array, and the encoder would make an object of it.
+    __slots__ = ("data", "shape", "typestr")
+
+    def __init__(self, typestr: str, shape: tuple[int, ...], data: bytes) -> None:
+        self.typestr = typestr
+        self.shape = shape
+        self.data = data
+
+    def __repr__(self) -> str:
+        return f"Array({self.typestr!r}, {self.shape!r}, {len(self.data)} bytes)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Array):
+            return NotImplemented
+        return (self.typestr, self.shape, self.data) == (other.typestr, other.shape, other.data)
+
+    def __hash__(self) -> int:
+        return hash((self.typestr, self.shape, self.data))
 
     @property
     def __array_interface__(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import contextlib
+import itertools
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -14,7 +15,6 @@ from engine.lifecycle.states import IN_SERVICE, State
 from engine.loader.manifest import Manifest
 from engine.outcome import Broke, Completed, Outcome, Refused
 from engine.registry import Incarnation, PluginRegistry, did_you_mean
-from engine.sandbox.host import Worker
 from engine.sandbox.pool import Pool, PoolClosed, QueueFull
 from engine.sandbox.replies import Broken, Rejected, Reply, Value
 from engine.sandbox.wire import Encoded
@@ -45,7 +45,9 @@ class ToolRunner:
         self._bus = bus
         self._fail = fail
         self._on_fault = on_fault
-        self._calls: set[asyncio.Task[Outcome]] = set()
+        self._calls: set[Call] = set()
+        self._drained = asyncio.Event()  # set once there is none, while draining
+        self._request_ids = map("{}{:012x}".format, itertools.repeat(uuid.uuid4().hex[:20]), itertools.count())
         self._stopping = False
 
     async def run(
@@ -60,60 +62,81 @@ class ToolRunner:
     ) -> Outcome:
         """Run a tool and wait for its outcome.
 
-        A caller that is cancelled meanwhile goes away alone: the call finishes and its outcome is dropped.
+        A caller that is cancelled goes away alone: a call that has begun finishes, and its outcome is dropped.
         """
         consumer = stream or Collected(self._settings.max_result_bytes)
-        request = Request(plugin, tool, arguments, request_id or uuid.uuid4().hex, consumer, on_progress)
-        task = asyncio.get_running_loop().create_task(self._run(request))
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
-        return await asyncio.shield(task)
+        request = Request(plugin, tool, arguments, request_id or next(self._request_ids), consumer, on_progress)
+        try:
+            submitted = self._submit(request)
+        except Exception as exc:  # the engine's own fault: named, counted, and the caller is told
+            submitted = self._own_fault(request, exc)
+        if not isinstance(submitted, Call):
+            await asyncio.sleep(0)  # a caller that loops on a broken plugin must not starve the others
+            return _finished(consumer, submitted)
+        try:
+            return await submitted.outcome
+        except asyncio.CancelledError:
+            if submitted.incarnation.pool is not None and submitted.incarnation.pool.withdraw(submitted):
+                self._forget(submitted)
+            raise
 
     async def drain(self, timeout_s: float) -> int:
         """Admit nothing more; wait for the calls that run. Returns how many did not finish in time."""
         self._stopping = True
-        if not self._calls:
-            return 0
-        _, left = await asyncio.wait(self._calls, timeout=timeout_s)
-        return len(left)
+        if self._calls:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), timeout_s)
+        return len(self._calls)
 
-    async def _run(self, request: Request) -> Outcome:
-        try:
-            outcome = await self._admitted(request)
-        except Exception as exc:  # the engine's own fault: named, counted, and the caller is told
-            self._on_fault("runner", exc)
-            text = f"the engine itself failed on this call ({type(exc).__name__}); see its log, call again"
-            outcome = _refused(request, ReasonCode.ENGINE_FAULT, "EngineFault", text)
-        if isinstance(request.consumer, Stream):
-            request.consumer.finish(outcome)
-        return outcome
+    def _own_fault(self, request: Request, exc: Exception) -> Refused:
+        self._on_fault("runner", exc)
+        text = f"the engine itself failed on this call ({type(exc).__name__}); see its log, call again"
+        return _refused(request, ReasonCode.ENGINE_FAULT, "EngineFault", text)
 
     def refusal(self, plugin: str, tool: str, request_id: str) -> Refused | None:
         """Why a call would be refused now, whatever its arguments; None where it would be admitted."""
         admitted = self._admit(Request(plugin, tool, {}, request_id, Collected(0), None))
         return admitted if isinstance(admitted, Refused) else None
 
-    async def _admitted(self, request: Request) -> Outcome:
-        """A place in the queue? Then the call."""
+    def _submit(self, request: Request) -> Call | Refused:
+        """A worker, or a place in the queue, or why there is none."""
         admitted = self._admit(request)
         if isinstance(admitted, Refused):
             return admitted
         incarnation, manifest, pool = admitted
-        state = incarnation.status.state
+        call = Call(request, incarnation, manifest.timeout_s(request.tool), self._bus, self._conclude)
+        self._calls.add(call)
         try:
-            worker = await pool.lease()
+            pool.submit(call)
         except QueueFull:
+            self._forget(call)
             text = f"`{request.plugin}` is busy and {pool.waiting} calls wait already; call again later"
-            return _refused(request, ReasonCode.QUEUE_FULL, "QueueFull", text, state)
+            return _refused(request, ReasonCode.QUEUE_FULL, "QueueFull", text, incarnation.status.state)
         except PoolClosed as exc:
-            if exc.cause.reason_code in (ReasonCode.RESTARTED, ReasonCode.ENGINE_STOPPING):
-                kind = exc.cause.reason_code.value.title().replace("_", "")
-                return _refused(request, exc.cause.reason_code, kind, exc.cause.reason, state)
-            return _not_in_service(request, incarnation)
+            self._forget(call)
+            return _turned_away(request, incarnation, exc.cause)
+        return call
+
+    def _conclude(self, call: Call, ended: Reply | Cause) -> None:
+        """A call is over. Runs in the callback that brought the answer, so that the next call begins at once."""
         try:
-            return await self._call(request, incarnation, worker, manifest.timeout_s(request.tool))
-        finally:
-            pool.give_back(worker)
+            outcome = self._outcome(call, ended)
+        except Exception as exc:  # the engine's own fault, as above
+            outcome = self._own_fault(call.request, exc)
+        try:
+            call.finish(_finished(call.request.consumer, outcome))
+        except Exception as exc:
+            outcome = self._own_fault(call.request, exc)
+            if not call.outcome.done():
+                call.outcome.set_result(outcome)
+        self._forget(call)
+        if call.worker is not None and call.incarnation.pool is not None:
+            call.incarnation.pool.give_back(call.worker)
+
+    def _forget(self, call: Call) -> None:
+        self._calls.discard(call)
+        if self._stopping and not self._calls:
+            self._drained.set()
 
     def _admit(self, request: Request) -> tuple[Incarnation, Manifest, Pool] | Refused:
         """Known? In service?"""
@@ -132,25 +155,15 @@ class ToolRunner:
             return _not_in_service(request, incarnation)
         return incarnation, manifest, pool
 
-    async def _call(self, request: Request, incarnation: Incarnation, worker: Worker, timeout_s: float) -> Outcome:
-        call = Call(request, incarnation, self._bus)
-        # Until its first call begins a plugin is INITIALIZED, and bad input must leave it so: the worker then
-        # says when it has accepted the arguments.
-        announce = incarnation.status.state is State.INITIALIZED
-        if not announce:
-            call.started()
-        started_s = time.perf_counter()
-        reply = await worker.call(request.tool, request.arguments, timeout_s, call, announce, request.request_id)
-        duration_ms = (time.perf_counter() - started_s) * 1000
-        if isinstance(reply, Broken) and reply.cause.reason_code is not ReasonCode.RESTARTED:
-            self._fail(incarnation, reply.cause)
-        outcome = self._outcome(request, incarnation, reply, duration_ms)
-        call.finished(outcome, broke=isinstance(outcome, Broke))
-        return outcome
-
-    def _outcome(self, request: Request, incarnation: Incarnation, reply: Reply, duration_ms: float) -> Outcome:
+    def _outcome(self, call: Call, ended: Reply | Cause) -> Outcome:
+        request, incarnation = call.request, call.incarnation
+        if isinstance(ended, Cause):
+            return _turned_away(request, incarnation, ended)
+        duration_ms = call.duration_ms
+        if isinstance(ended, Broken) and ended.cause.reason_code is not ReasonCode.RESTARTED:
+            self._fail(incarnation, ended.cause)
         state = incarnation.status.state
-        match reply:
+        match ended:
             case Value(value=value):
                 if request.tool in incarnation.tools and incarnation.tools[request.tool].streams:
                     consumer = request.consumer
@@ -176,6 +189,21 @@ class ToolRunner:
                     duration_ms=duration_ms,
                     request_id=request.request_id,
                 )
+
+
+def _finished(consumer: Collected | Stream, outcome: Outcome) -> Outcome:
+    """The outcome, told to a stream as well."""
+    if isinstance(consumer, Stream):
+        consumer.finish(outcome)
+    return outcome
+
+
+def _turned_away(request: Request, incarnation: Incarnation, cause: Cause) -> Refused:
+    """It got no worker: by a restart or a stop, or because the plugin broke meanwhile."""
+    if cause.reason_code in (ReasonCode.RESTARTED, ReasonCode.ENGINE_STOPPING):
+        kind = cause.reason_code.value.title().replace("_", "")
+        return _refused(request, cause.reason_code, kind, cause.reason, incarnation.status.state)
+    return _not_in_service(request, incarnation)
 
 
 def _refused(

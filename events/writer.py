@@ -25,6 +25,9 @@ from events.snapshot import Snapshot, save_snapshot
 from events.store import Store
 
 BATCH_EVENTS = 4096  # in one transaction
+# From one batch to the next, unless a whole one waits already: an event after a quiet moment is written at once, a
+# stream of them in groups. Each batch takes the interpreter from the event loop for a while, and costs an fsync.
+GATHER_S = 0.02
 SNAPSHOT_EVERY = 50_000  # events
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 5.0
@@ -90,13 +93,15 @@ class Writer:
         except Exception as exc:  # a fault of ours: the log must say that it is dead
             self._note_fault("writer", exc)
             self._backlog.trouble = f"{self._path}: the writer failed ({exc!r}); restart the engine"
-            self._backlog.closing.set()
+            self._backlog.close()
         finally:
-            if complete:
-                self._save_snapshot()
-            else:
-                log.error("log_closed_incomplete", path=str(self._path), lost=len(self._backlog))
-            self._store.close(clean=complete)
+            try:
+                if complete:
+                    self._save_snapshot()
+                else:
+                    log.error("log_closed_incomplete", path=str(self._path), lost=len(self._backlog))
+            finally:
+                self._store.close(clean=complete)
 
     @property
     def _path(self) -> Path:
@@ -107,6 +112,8 @@ class Writer:
             if events is not None and not self._write_batch(self._encode(events)):
                 return False
             self._retention.turn(self._durable, self._snapshot_at, len(events or ()))
+            if len(self._backlog) < BATCH_EVENTS:
+                self._backlog.closing.wait(GATHER_S)
         return True
 
     def _write_batch(self, batch: Batch) -> bool:

@@ -9,13 +9,14 @@ from typing import Any, cast
 import msgspec
 
 from engine.sandbox import wire
+from engine.sandbox.frames import Frames, FrameTooLong
 
 
 class ProtocolBreach(Exception):
     """The worker sent what no worker sends; the message says what."""
 
 
-class Channel(asyncio.Protocol):
+class Channel(asyncio.BufferedProtocol):
     """Cuts the byte stream into frames and hands on the messages.
 
     Args:
@@ -27,42 +28,26 @@ class Channel(asyncio.Protocol):
         self._on_message = on_message
         self._on_lost: Callable[[str | None], None] | None = on_lost
         self._transport: asyncio.Transport | None = None
-        self._received = bytearray()
+        self._frames = Frames()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The transport is ours."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but inheritance
 
-    def data_received(self, data: bytes) -> None:
-        """Deliver every whole frame; keep the rest."""
-        if self._on_lost is None:
-            return
-        self._received += data
-        try:
-            self._deliver()
-        except ProtocolBreach as exc:
-            self._lose(str(exc))
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        """Where the transport puts what comes."""
+        return self._frames.room()
 
-    def _deliver(self) -> None:
-        header, at = wire.HEADER.size, 0
-        received = self._received
-        while len(received) - at >= header:
-            length = wire.HEADER.unpack_from(received, at)[0]
-            if length > wire.MAX_FRAME_BYTES:
-                raise ProtocolBreach(
-                    f"it announced a frame of {length} bytes; at most {wire.MAX_FRAME_BYTES} may come"
-                )
-            end = at + header + length
-            if len(received) < end:
-                break
-            frame = bytes(received[at + header : end])
-            at = end
-            try:
-                message = wire.from_worker.decode(frame)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-                raise ProtocolBreach(f"it sent a frame that is no message ({exc})") from exc
-            self._on_message(message)
-        del received[:at]
+    def buffer_updated(self, nbytes: int) -> None:
+        """Deliver every whole frame; keep the rest."""
+        self._frames.came(nbytes)
+        try:
+            while self._on_lost is not None and (frame := self._frames.take()) is not None:
+                self._on_message(wire.from_worker.decode(frame))
+        except (ProtocolBreach, FrameTooLong) as exc:
+            self._lose(str(exc))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            self._lose(f"it sent a frame that is no message ({exc})")
 
     def connection_lost(self, _exc: Exception | None) -> None:
         """The other side closed, or the socket broke."""

@@ -22,7 +22,7 @@ class By(StrEnum):
     """Who ended a worker."""
 
     ENGINE = "engine"  # a deadline, a limit, or a breach of the protocol
-    KERNEL_MEMORY = "kernel_memory"  # the machine ran out of memory
+    KERNEL_MEMORY = "kernel_memory"  # the machine, or the worker's cgroup, ran out of memory
     OUTSIDE = "outside"  # a signal from another process, or gone without a trace
     ITSELF = "itself"  # an exception, an exit, a crash
 
@@ -75,7 +75,7 @@ def ended_by(death: Death) -> By:
     """Who ended it."""
     if death.evidence.ending not in (None, Ending.FAILED):
         return By.ENGINE
-    if memory_limit(death) == "machine":
+    if _killed_by_kernel(death):
         return By.KERNEL_MEMORY
     return By.OUTSIDE if death.cause.reason_code is ReasonCode.KILLED_EXTERNALLY else By.ITSELF
 
@@ -89,21 +89,29 @@ def signal_sender(death: Death) -> tuple[Sender | None, str]:
         return Sender.ITSELF, place
     if death.evidence.ending is not None and death.status.signal == signal.SIGKILL:
         return Sender.ENGINE, ""
-    if memory_limit(death) == "machine":
+    if _killed_by_kernel(death):
         return Sender.KERNEL, ""
     return Sender.UNKNOWN, ""
 
 
 def memory_limit(death: Death) -> str | None:
-    """Which limit was met: `tree` (of all its processes, by the engine's watch), `process` (an allocation in one
-    was refused), `machine` (the kernel's OOM killer); None where it did not die of memory.
+    """Which limit was met: `tree` (of all its processes, by the engine's watch or its cgroup), `process` (an
+    allocation in one was refused), `machine` (the kernel's OOM killer); None where it did not die of memory.
     """
     if death.cause.reason_code is not ReasonCode.MEMORY_LIMIT:
         return None
     if death.evidence.ending is Ending.MEMORY:
         return "tree"
-    oom = death.status.signal == signal.SIGKILL and death.evidence.oom_kills
-    return "machine" if death.evidence.ending is None and oom else "process"
+    if not _killed_by_kernel(death):
+        return "process"
+    return "tree" if death.evidence.cgroup_limit else "machine"
+
+
+def _killed_by_kernel(death: Death) -> bool:
+    """Whether the kernel's OOM killer ended it."""
+    if death.cause.reason_code is not ReasonCode.MEMORY_LIMIT or death.evidence.ending is not None:
+        return False
+    return death.status.signal == signal.SIGKILL and death.evidence.oom_kills > 0
 
 
 def extension_modules(stack: str) -> tuple[str, ...]:

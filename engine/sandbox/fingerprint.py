@@ -19,6 +19,7 @@ from msgspec import msgpack
 
 from engine.sandbox import values, wire
 from engine.sandbox.arena import THRESHOLD_BYTES
+from engine.sandbox.untrusted import Unpacker
 
 _MAX_ARGUMENTS = 32
 _SCAN_BYTES = 1024 * 1024  # a longer encoding is not searched for files
@@ -161,8 +162,8 @@ class _Hasher:
             return f"sha256:{part.sha256}"
 
         try:
-            text = msgspec.json.encode(msgpack.decode(raw, ext_hook=self._extension), enc_hook=hook)
-        except (RecursionError, TypeError, ValueError):
+            text = msgspec.json.encode(Unpacker(self._extension).decode(raw), enc_hook=hook)
+        except Exception:  # what lies in an arena, the plugin may have written over; then its bytes are hashed
             return self._piece("msgpack", memoryview(raw))
         piece = self._piece("json", text)
         piece.size_bytes += sum(part.size_bytes for part in inside)

@@ -30,15 +30,16 @@ import structlog
 
 from engine.errors import Cause, ReasonCode
 from engine.outcome import Array
-from engine.sandbox import arena, proc, values, wire
+from engine.sandbox import arena, shm, values, wire
 from engine.sandbox.channel import Channel, ProtocolBreach
 from engine.sandbox.evidence import Death, Failure, Process
 from engine.sandbox.fingerprint import InFlight
 from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.output import Output, RateLimit
-from engine.sandbox.replies import Broken, Rejected, Reply, Sink, Value
-from engine.sandbox.spawner import Spawned, Spawner
+from engine.sandbox.replies import Broken, Invocation, Rejected, Reply, Value
+from engine.sandbox.spawner import ForkServerLost, Loss, Spawned, Spawner
 from engine.sandbox.stack import StackPipe
+from engine.sandbox.untrusted import Unpacker
 from engine.sandbox.verdict import (
     Ending,
     Evidence,
@@ -46,6 +47,7 @@ from engine.sandbox.verdict import (
     Verdict,
     failed_call,
     failed_start,
+    lost_with,
     stage_name,
     verdict,
 )
@@ -67,6 +69,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     incarnation: int
     start_timeout_s: float
     processes: int
+    scratch_bytes: int
     arena_bytes: int
     log_lines_per_s: float
     stop_grace_s: float
@@ -93,13 +96,11 @@ class Observer(Protocol):
 
 class _Running(msgspec.Struct):
     call_id: int
-    tool: str
-    sink: Sink
-    reply: asyncio.Future[Reply]
+    call: Invocation
     arguments: wire.Encoded
-    request_id: str
     since_s: float  # of the loop's clock
-    began: asyncio.Future[None] | None = None  # set where the worker was asked to say when plugin code runs
+    large: bool  # its arguments take a while to decode: the deadline counts from `Began`
+    deadline: asyncio.TimerHandle
 
 
 class StartFailed(Exception):
@@ -117,9 +118,16 @@ class Worker:
         self.pid = spawned.pid
         self.memory_limit_bytes = spec.start.memory_bytes
         self.process_limit = spec.processes
+        self.pidfd = spawned.pidfd
+        self.shm_fd: int | None = None  # the worker's own /dev/shm
+        self.scratch = spec.start.scratch
+        self.scratch_limit_bytes = spec.scratch_bytes
         self.memory_bytes = 0
         self.memory_peak_bytes = 0
+        self.memory_shared_bytes = 0
         self.processes: tuple[Process, ...] = ()
+        self.process_count = 0
+        self.over_memory = self.over_processes = False
         self.tools: dict[str, wire.ToolInfo] = {}
         self._spec = spec
         self._spawned = spawned
@@ -136,7 +144,7 @@ class Worker:
         self._held: tuple[tuple[int, int], ...] = ()  # of the arena, by the plugin
         self._ending: Ending | None = None
         self._breach = ""
-        self._process_count = 0
+        self._scratch_holds = ""
         self._known: Cause | None = None
         self._failure: Failure | None = None
         self._in_flight: InFlight | None = None  # the call that its end belongs to
@@ -167,21 +175,27 @@ class Worker:
             StartFailed: it did not; the process is gone.
             SpawnFailed: the engine could not make a process.
         """
-        ours, theirs = socket.socketpair()
-        output, output_end = os.pipe2(os.O_CLOEXEC)
-        stack, stack_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        arena_in, arena_out = arena.create(spec.arena_bytes), arena.create(spec.start.max_result_bytes)
-        try:
-            spawned = await spawner.spawn([theirs.fileno(), output_end, stack_end, arena_in, arena_out], scratch)
-        except BaseException:
-            ours.close()
-            for fd in (output, stack, arena_in, arena_out):
-                os.close(fd)
-            raise
-        finally:
-            theirs.close()
-            os.close(output_end)
-            os.close(stack_end)
+        with contextlib.ExitStack() as opened:  # closed again unless the worker takes it
+            ours, theirs = socket.socketpair()
+            opened.callback(ours.close)
+            with theirs, contextlib.ExitStack() as given:
+                output, output_end = os.pipe2(os.O_CLOEXEC)
+                opened.callback(os.close, output)
+                given.callback(os.close, output_end)
+                stack, stack_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+                opened.callback(os.close, stack)
+                given.callback(os.close, stack_end)
+                arena_in = arena.create(spec.arena_bytes)
+                opened.callback(os.close, arena_in)
+                arena_out = arena.create(spec.start.max_result_bytes)
+                opened.callback(os.close, arena_out)
+                fds = [theirs.fileno(), output_end, stack_end, arena_in, arena_out]
+                limits = {"memory_bytes": spec.start.memory_bytes, "processes": spec.processes}
+                try:
+                    spawned = await spawner.spawn(fds, scratch, **limits)
+                except ForkServerLost as exc:
+                    raise StartFailed(lost_with(exc.loss.how, " before it began")) from exc
+            opened.pop_all()
         worker = cls(spec, spawned, observer, watch)
         connecting = asyncio.ensure_future(worker._connect(ours, output, stack, arena_in, arena_out))
         try:
@@ -198,7 +212,7 @@ class Worker:
     ) -> None:
         self._arena_in = arena.Arena(arena_in, writable=True)
         self._arena_out = arena.Arena(arena_out, writable=False)
-        self._decoder = values.Decoder(self._arena_out, _make_array)
+        self._decoder = values.Decoder(self._arena_out, _make_array, unpacker=Unpacker)
         self._stack = StackPipe(stack)
         self._output = Output(output, self._on_output, self._spec.log_lines_per_s)
         self._observer.worker_started(self.pid)
@@ -208,6 +222,7 @@ class Worker:
         )
         self._died = asyncio.Event()
         self._loop.add_reader(self._spawned.pidfd, self._died.set)
+        self._spawned.status.add_done_callback(self._on_status)
         self._own(self._reap())
 
     async def _bring_up(self) -> None:
@@ -239,52 +254,42 @@ class Worker:
             if not step.done():
                 return self._dead.result()
             if step is self._hello:
+                opening = self._loop.run_in_executor(None, shm.of, self.pid)
+                opening.add_done_callback(self._on_shm)
+                await asyncio.shield(opening)
                 self._channel.send(self._spec.start)
         return self._started.result()
 
+    def _on_shm(self, opening: asyncio.Future[int | None]) -> None:
+        """Whoever waited may be gone by now, and so may the worker."""
+        fd = opening.result()
+        if fd is not None and self.dead:
+            os.close(fd)
+        else:
+            self.shm_fd = fd
+
     # Calls.
 
-    async def call(
-        self,
-        tool: str,
-        arguments: Mapping[str, Any] | wire.Encoded,
-        timeout_s: float,
-        sink: Sink,
-        announce: bool,
-        request_id: str = "",
-    ) -> Reply:
-        """Run one tool. One call at a time; the caller sees to that.
-
-        Args:
-            tool: one of `tools`.
-            arguments: by name, or already encoded.
-            timeout_s: the deadline. Time for which the sink held the worker up does not count.
-            sink: is told of progress and items.
-            announce: whether `sink.began` is wanted.
-            request_id: for the evidence, should it die.
-
-        Returns:
-            The value; why the input was rejected; or why the plugin broke, and then the worker is gone.
-        """
+    def begin(self, call: Invocation) -> None:
+        """Run one tool; `call.replied` is told later what came of it. One call at a time; the pool sees to it."""
+        if self.dead:
+            self._loop.call_soon(call.replied, Broken(_cause_of(self._dead.result())))
+            return
         self._next_call_id += 1
         try:
-            encoded = self._encoded(arguments)
+            encoded = self._encoded(call.arguments)
             large = len(encoded.data) >= _LARGE_BYTES
-            frame = self._call_frame(tool, encoded, announce or large)
+            frame = self._call_frame(call.tool, encoded, call.announce or large)
         except arena.ArenaFull as exc:
             text = f"the arguments are too large: {exc}; send less, or raise arena_bytes and [limits] memory_mib"
-            return Rejected("InputTooLarge", text, ReasonCode.INPUT_TOO_LARGE)
+            self._loop.call_soon(call.replied, Rejected("InputTooLarge", text, ReasonCode.INPUT_TOO_LARGE))
+            return
         except Exception as exc:  # a caller's objects may raise anything while they are encoded
-            return Rejected("BadInput", _unsendable(arguments, exc))
-        reply: asyncio.Future[Reply] = self._loop.create_future()
-        running = _Running(self._next_call_id, tool, sink, reply, encoded, request_id, self._loop.time())
-        if large:
-            running.began = self._loop.create_future()
-        if self.dead:
-            return Broken(_cause_of(self._dead.result()))
-        self._running = running
+            self._loop.call_soon(call.replied, Rejected("BadInput", _unsendable(call.arguments, exc)))
+            return
+        deadline = self._loop.call_later(_ARGUMENTS_S if large else call.timeout_s, self._on_deadline)
+        self._running = _Running(self._next_call_id, call, encoded, self._loop.time(), large, deadline)
         self._channel.write(frame)
-        return await self._wait(running, timeout_s)
 
     def _encoded(self, arguments: Mapping[str, Any] | wire.Encoded) -> wire.Encoded:
         self._arena_in.reset(self._held)
@@ -296,24 +301,28 @@ class Worker:
         call = wire.Call(self._next_call_id, tool, arguments.encoding, arguments.data, announce)
         return wire.frame(call)
 
-    async def _wait(self, running: _Running, timeout_s: float) -> Reply:
-        """Until the call is answered, the worker dies, or the deadline passes."""
-        left_s = timeout_s
-        try:
-            if running.began is not None:
-                waits: set[asyncio.Future[Any]] = {running.began, running.reply}
-                await asyncio.wait(waits, timeout=_ARGUMENTS_S, return_when=asyncio.FIRST_COMPLETED)
-            while True:
-                try:
-                    return await asyncio.wait_for(asyncio.shield(running.reply), left_s)
-                except TimeoutError:
-                    left_s = running.sink.take_held_s()
-                if left_s <= 0 and not running.reply.done():
-                    self._limit_s = timeout_s
-                    return Broken(_cause_of(await self.end(Ending.TIMEOUT)))
-        finally:
-            if running.reply.done():
-                self._running = None
+    def _on_deadline(self) -> None:
+        """The call has had its time, or what its caller held the worker up for is left of it."""
+        running = self._running
+        assert running is not None  # noqa: S101 - the timer is cancelled with the call
+        if running.large:
+            self._grant(running, running.call.timeout_s)
+        elif (held_s := running.call.take_held_s()) > 0:
+            self._grant(running, held_s)
+        else:
+            self._limit_s = running.call.timeout_s
+            self._own(self.end(Ending.TIMEOUT))
+
+    def _grant(self, running: _Running, time_s: float) -> None:
+        """From now on the call has so much time."""
+        running.large = False
+        running.deadline.cancel()
+        running.deadline = self._loop.call_later(time_s, self._on_deadline)
+
+    def _conclude(self, running: _Running, reply: Reply) -> None:
+        running.deadline.cancel()
+        self._running = None
+        running.call.replied(reply)
 
     # The end.
 
@@ -339,8 +348,11 @@ class Worker:
                 return
         if self._ending in (Ending.TIMEOUT, Ending.START_TIMEOUT):
             self._signal(wire.DUMP_SIGNAL)
-            if not await self._stack.arrived():
-                log.info("no_stack", pid=self.pid)
+            try:
+                if not await self._stack.arrived():
+                    log.info("no_stack", pid=self.pid)
+            except Exception as exc:  # a stack that cannot be had spares nobody
+                self._observer.fault("worker", exc)
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
@@ -354,45 +366,87 @@ class Worker:
         """The memory watch found it over its limit."""
         self._own(self.end(Ending.MEMORY))
 
-    def on_process_breach(self, count: int) -> None:
+    def on_process_breach(self) -> None:
         """The watch found more processes and threads than it may have."""
-        self._process_count = count
         self._own(self.end(Ending.PROCESSES))
+
+    def on_scratch_breach(self, what: str) -> None:
+        """The watch found more in its scratch folder than it may hold."""
+        self._scratch_holds = self._scratch_holds or what
+        self._own(self.end(Ending.SCRATCH))
+
+    def _on_status(self, status: asyncio.Future[int | Loss | None]) -> None:
+        """Nobody else is left to end a worker that outlived the fork server."""
+        if not status.cancelled() and not isinstance(status.result(), int):
+            self._signal(signal.SIGKILL)
 
     async def _reap(self) -> None:
         """Wait for the process to die, judge, and tell everybody, once."""
         await self._died.wait()
+        died_s = time.monotonic()
         self._loop.remove_reader(self._spawned.pidfd)
+        if self._ending is None and (self.over_memory or self.over_processes):  # the watch's word is on its way
+            self._ending = Ending.MEMORY if self.over_memory else Ending.PROCESSES
+        status, death = ExitStatus.from_wait(None), None
         try:
-            raw = await asyncio.wait_for(asyncio.shield(self._spawned.status), _REAP_WAIT_S)
-        except TimeoutError:
-            raw = None
-        status = ExitStatus.from_wait(raw)
-        oom_kills = 0
-        if status.signal == signal.SIGKILL and self._ending is None:
-            oom_kills = await asyncio.to_thread(proc.oom_kills) - self._watch.oom_kills
-        death = None
-        try:
+            raw: int | Loss | None = None
+            with contextlib.suppress(TimeoutError):
+                raw = await asyncio.wait_for(asyncio.shield(self._spawned.status), _REAP_WAIT_S)
+            lost = raw.how if isinstance(raw, Loss) else ""
+            status = ExitStatus.from_wait(raw if isinstance(raw, int) else None)
+            oom_kills, at_limit = await self._kernel_kills(status, died_s)
             self._output.close()
-            evidence = self._evidence(oom_kills)
+            evidence = self._evidence(oom_kills, at_limit, lost)
             judged = verdict(status, evidence)
             death = self._death(status, evidence, judged)
         except Exception as exc:  # the evidence is in part what the plugin wrote, and somebody waits for a verdict
             self._observer.fault("verdict", exc)
             judged = _unjudged(exc)
-        self._release()
-        self._dead.set_result(judged)
-        if self._running is not None and not self._running.reply.done():
-            self._running.reply.set_result(Broken(_cause_of(judged)))
-        if death is not None:
-            self._observer.worker_died(death)
-        self._observer.worker_exited(self, status, judged)
+        try:
+            self._release()
+        finally:
+            self._dead.set_result(judged)
+            self._tell_death(status, judged, death)
 
-    def _evidence(self, oom_kills: int) -> Evidence:
+    def _tell_death(self, status: ExitStatus, judged: Verdict, death: Death | None) -> None:
+        """To the observer, and last to the caller, who is told whatever happens to the others."""
+        try:
+            if death is not None:
+                self._observer.worker_died(death)
+        except Exception as exc:  # the plugin has to leave service whether its evidence is kept or not
+            self._observer.fault("evidence", exc)
+            if death is not None and death.in_flight is not None:
+                death.in_flight.close()
+        try:
+            self._observer.worker_exited(self, status, judged)
+        finally:
+            if self._running is not None:
+                self._conclude(self._running, Broken(_cause_of(judged)))
+
+    async def _kernel_kills(self, status: ExitStatus, died_s: float) -> tuple[int, bool]:
+        """How many processes the kernel ended for memory, and whether at this worker's limit. Ends its cgroup."""
+        leaf = self._spawned.leaf
+        try:
+            if leaf is not None:
+                end = await asyncio.to_thread(leaf.end)
+                self.memory_peak_bytes = max(self.memory_peak_bytes, end.peak_bytes)
+                if not end.removed:
+                    self._observer.fault("cgroup", TimeoutError(f"a process in {leaf.path} does not die"))
+                return end.oom_kills, end.at_limit and end.oom_kills > 0
+            if status.signal == signal.SIGKILL and self._ending is None:
+                return await asyncio.to_thread(self._watch.oom_kills_since, died_s), False
+        except (OSError, RuntimeError) as exc:  # RuntimeError: no thread can be started
+            self._observer.fault("memory evidence", exc)
+        return 0, False
+
+    def _evidence(self, oom_kills: int, at_limit: bool, lost: str) -> Evidence:
         if self._running is not None:
-            doing = f"`{self._running.tool}`"
+            doing = f"`{self._running.call.tool}`"
         else:
             doing = "" if self._started.done() else stage_name(self._stage) or "its start"
+        full_bytes = shm.full_bytes(self.shm_fd)
+        self.memory_peak_bytes = max(self.memory_peak_bytes, full_bytes)
+        self.memory_shared_bytes = max(self.memory_shared_bytes, full_bytes)
         return Evidence(
             folder=self._spec.start.folder,
             doing=doing,
@@ -401,10 +455,17 @@ class Worker:
             breach=self._breach,
             limit_s=self._limit_s,
             memory_limit_bytes=self.memory_limit_bytes,
-            process_count=self._process_count,
+            process_count=self.process_count,
             process_limit=self.process_limit,
             memory_peak_bytes=self.memory_peak_bytes,
+            memory_shared_bytes=self.memory_shared_bytes,
+            # Python's own resource tracker empties it as soon as the worker is dead.
+            shm_full=self.memory_shared_bytes > self.memory_limit_bytes * 0.9,
+            scratch_holds=self._scratch_holds,
+            scratch_limit_bytes=self.scratch_limit_bytes,
             oom_kills=oom_kills,
+            cgroup_limit=at_limit,
+            lost=lost,
             stack=self._stack.text(),
             main_thread=self._main_thread,
             output_tail=self._output.tail(),
@@ -412,7 +473,7 @@ class Worker:
 
     def _death(self, status: ExitStatus, evidence: Evidence, judged: Verdict) -> Death | None:
         """What is kept of it; None where the plugin is not to blame."""
-        if self._running is not None and not self._running.reply.done():
+        if self._running is not None:
             self._keep_in_flight(self._running)
         in_flight, self._in_flight = self._in_flight, None
         if judged.cause is None:
@@ -432,11 +493,11 @@ class Worker:
         )
 
     def _keep_in_flight(self, running: _Running) -> None:
-        ran_s = self._loop.time() - running.since_s
-        info = self.tools.get(running.tool)
+        ran_s, call = self._loop.time() - running.since_s, running.call
+        info = self.tools.get(call.tool)
         parameters = "{}" if info is None else info.parameters
         arguments, arena_fd = running.arguments, self._arena_in.fd
-        self._in_flight = InFlight(running.tool, running.request_id, ran_s, arguments, parameters, arena_fd)
+        self._in_flight = InFlight(call.tool, call.request_id, ran_s, arguments, parameters, arena_fd)
 
     def _release(self) -> None:
         self._watch.discard(self)
@@ -446,24 +507,33 @@ class Worker:
             os.close(mapped.fd)
         self._stack.close()
         os.close(self._spawned.pidfd)
+        if self.shm_fd is not None:
+            shm_fd, self.shm_fd = self.shm_fd, None
+            os.close(shm_fd)
 
     # What the worker says.
 
     def _on_message(self, message: Any) -> None:
+        if self._ending in (Ending.TIMEOUT, Ending.START_TIMEOUT):
+            return  # too late: the deadline has passed, and the verdict answers
         match message:
             case wire.Result() | wire.Failed():
                 self._on_answer(message)
             case wire.Item(call_id=call_id, value=value):
-                self._current(call_id).sink.item(self._decode(value), memoryview(value).nbytes, self._channel)
+                running = self._current(call_id)
+                try:
+                    running.call.item(self._decode(value), memoryview(value).nbytes, self._channel)
+                except values.TooManyValues as exc:
+                    self._on_answer(_too_large(call_id, exc))
             case wire.Progress(call_id=call_id, done=done, total=total):
                 running = self._current(call_id)
                 if math.isfinite(done) and math.isfinite(total) and self._progress_rate.admit() is not None:
-                    running.sink.progress(done, total)
+                    running.call.progress(done, total)
             case wire.Began(call_id=call_id):
                 running = self._current(call_id)
-                running.sink.began()
-                if running.began is not None and not running.began.done():
-                    running.began.set_result(None)
+                running.call.began()
+                if running.large:
+                    self._grant(running, running.call.timeout_s)
             case wire.LogLine(level=level, message=line):
                 if (dropped := self._log_rate.admit()) is not None:
                     self._observer.log_line("log", level, line, dropped)
@@ -485,31 +555,40 @@ class Worker:
         self._hello.set_result(hello)
 
     def _current(self, call_id: int) -> _Running:
-        if self._running is None or self._running.call_id != call_id or self._running.reply.done():
+        if self._running is None or self._running.call_id != call_id:
             raise ProtocolBreach(f"it spoke of call {call_id}, which does not run")
         return self._running
 
     def _on_answer(self, answer: wire.Result | wire.Failed) -> None:
         running = self._current(answer.call_id)
+        if any(offset < 0 or size < 0 or offset + size > self._arena_in.size for offset, size in answer.held):
+            raise ProtocolBreach("it holds on to parts of the arena that there are not")
         self._held = answer.held
         if isinstance(answer, wire.Result):
-            running.reply.set_result(Value(self._decode(answer.value)))
+            try:
+                value = self._decode(answer.value)
+            except values.TooManyValues as exc:
+                self._on_answer(_too_large(answer.call_id, exc))
+            else:
+                self._conclude(running, Value(value))
         elif answer.kind in ("bad_input", "rejected"):
-            running.reply.set_result(Rejected(answer.error_type, answer.message))
+            self._conclude(running, Rejected(answer.error_type, answer.message))
         elif answer.kind == "input_too_large":
-            running.reply.set_result(Rejected(answer.error_type, answer.message, ReasonCode.INPUT_TOO_LARGE))
+            self._conclude(running, Rejected(answer.error_type, answer.message, ReasonCode.INPUT_TOO_LARGE))
         else:
-            self._known = failed_call(answer, running.tool, self.memory_limit_bytes)
+            self._known = failed_call(answer, running.call.tool, self.memory_limit_bytes)
             self._failure = Failure(answer.error_type, answer.message, answer.where)
             self._keep_in_flight(running)  # now: once it is answered, its files may go
-            running.reply.set_result(Broken(self._known, answer.error_type))
             self._own(self.end(Ending.FAILED))
+            self._conclude(running, Broken(self._known, answer.error_type))
 
     def _decode(self, value: msgspec.Raw) -> Any:
         if memoryview(value).nbytes > values.MAX_VALUE_BYTES:
             raise ProtocolBreach(f"it sent more than {values.MAX_VALUE_BYTES} bytes of plain values at once")
         try:
             return self._decoder.decode(value)
+        except values.TooManyValues:  # dataclasses are counted here only
+            raise
         except Exception as exc:  # a worker may send anything; what does not decode is its breach
             raise ProtocolBreach(f"it sent a value that does not decode ({type(exc).__name__}: {exc})") from exc
 
@@ -540,6 +619,10 @@ class Worker:
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._observer.fault("worker", exc)
+
+
+def _too_large(call_id: int, exc: values.TooManyValues) -> wire.Failed:
+    return wire.Failed(call_id, "too_large", "ResultTooLarge", f"{exc}; bytes and arrays may be longer")
 
 
 def _unsendable(arguments: Mapping[str, Any] | wire.Encoded, exc: Exception) -> str:

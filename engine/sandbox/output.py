@@ -75,9 +75,7 @@ class Output:
         return "\n".join(self._tail)
 
     def close(self) -> None:
-        """Read what is left, at most a pipe's worth, and stop."""
-        if self._fd < 0:
-            return
+        """Read what is left, at most a pipe's worth, and stop. Once."""
         for _ in range(16):
             if not self._read():
                 break
@@ -87,7 +85,6 @@ class Output:
             self._on_line("(the lines before this one were over the rate limit)", dropped)
         asyncio.get_running_loop().remove_reader(self._fd)
         os.close(self._fd)
-        self._fd = -1
 
     def _read(self) -> bool:
         """One chunk. False where there is nothing more for now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from typing import Protocol
 
 from engine.errors import Cause
 from engine.sandbox.host import Worker
@@ -22,10 +23,22 @@ class PoolClosed(Exception):
         self.cause = cause
 
 
+class Waiting(Protocol):
+    """A call that wants a worker. Neither method may raise."""
+
+    def begin(self, worker: Worker) -> None:
+        """It has one, for itself until it gives it back to the pool."""
+
+    def turned_away(self, cause: Cause) -> None:
+        """It gets none: the plugin left service while the call waited."""
+
+
 class Pool:
     """Hands out workers, first come, first served. Lives on the engine's event loop.
 
-    Invariant: a worker is idle, or leased to exactly one call; nobody waits while one is idle.
+    Synchronous throughout: the worker that answers one call has the next one before the loop does anything else.
+
+    Invariant: a worker is idle, or belongs to exactly one call; nobody waits while one is idle.
 
     Args:
         workers: all INITIALIZED.
@@ -36,10 +49,10 @@ class Pool:
         self.workers = tuple(workers)
         self._queue = queue
         self._idle = deque(workers)
-        self._waiting: deque[asyncio.Future[Worker]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._closed: Cause | None = None
         self._leased = 0
-        self._free = asyncio.Event()  # set iff nothing is leased
+        self._free = asyncio.Event()  # set iff no call has a worker
         self._free.set()
 
     @property
@@ -47,51 +60,45 @@ class Pool:
         """How many calls wait for a worker."""
         return len(self._waiting)
 
-    async def lease(self) -> Worker:
-        """A worker for one call; give it back afterwards.
+    def submit(self, call: Waiting) -> None:
+        """Begin the call now, or once a worker is free.
 
         Raises:
             QueueFull: too many calls wait already.
-            PoolClosed: the plugin left service, maybe while this call waited.
+            PoolClosed: the plugin left service.
         """
         if self._closed is not None:
             raise PoolClosed(self._closed)
         if self._idle:
-            return self._lease(self._idle.popleft())
-        if len(self._waiting) >= self._queue:
+            self._lease(self._idle.popleft(), call)
+        elif len(self._waiting) >= self._queue:
             raise QueueFull
-        turn: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            return self._lease(await turn)
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._pass_on(turn.result())  # it was handed over in the very moment of the cancellation
-            elif turn in self._waiting:
-                self._waiting.remove(turn)
-            raise
+        else:
+            self._waiting.append(call)
 
-    def _lease(self, worker: Worker) -> Worker:
+    def withdraw(self, call: Waiting) -> bool:
+        """Let a call go that has not begun. False: it has, and goes on."""
+        if call not in self._waiting:
+            return False
+        self._waiting.remove(call)
+        return True
+
+    def _lease(self, worker: Worker, call: Waiting) -> None:
         self._leased += 1
         self._free.clear()
-        return worker
+        call.begin(worker)
 
     def give_back(self, worker: Worker) -> None:
         """The call is over: the next one's turn."""
         self._leased -= 1
         if self._leased == 0:
             self._free.set()
-        self._pass_on(worker)
-
-    def _pass_on(self, worker: Worker) -> None:
         if self._closed is not None or worker.dead:
             return
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(worker)
-                return
-        self._idle.append(worker)
+        if self._waiting:
+            self._lease(worker, self._waiting.popleft())
+        else:
+            self._idle.append(worker)
 
     def close(self, cause: Cause) -> None:
         """Refuse every call that waits or comes. The first cause stands."""
@@ -100,9 +107,7 @@ class Pool:
         self._closed = cause
         self._idle.clear()
         while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_exception(PoolClosed(cause))
+            self._waiting.popleft().turned_away(cause)
 
     async def end(self) -> None:
         """End every worker that still lives; returns once all are gone and every call has its outcome."""

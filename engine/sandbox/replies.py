@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
 from engine.errors import Cause, ReasonCode
 from engine.sandbox.channel import Channel
+from engine.sandbox.wire import Encoded
 
 
 class Value(msgspec.Struct, frozen=True):
@@ -34,8 +36,17 @@ class Broken(msgspec.Struct, frozen=True):
 Reply: TypeAlias = Value | Rejected | Broken
 
 
-class Sink(Protocol):
-    """Where a running call's signs of life go. `held_s` is how long the caller kept the worker waiting."""
+class Invocation(Protocol):
+    """A call as a worker sees it: what to run, and where its signs of life and its reply go."""
+
+    tool: str
+    arguments: Mapping[str, Any] | Encoded  # by name, or already encoded
+    timeout_s: float  # time for which the caller held the worker up does not count
+    request_id: str  # for the evidence, should the worker die
+    announce: bool  # whether `began` is wanted
+
+    def replied(self, reply: Reply) -> None:
+        """It is over. Called once, on the event loop; must not raise."""
 
     def began(self) -> None:
         """The arguments were accepted; plugin code runs now."""

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from msgspec import msgpack
 
@@ -66,8 +66,8 @@ def encode(value: Any, arena: Arena | None, max_value_bytes: int | None = None) 
     if max_value_bytes is not None and len(encoded) > max_value_bytes:
         raise TooManyValues(f"{len(encoded)} bytes of plain values, at most {max_value_bytes}")
     if arena is not None and len(encoded) >= THRESHOLD_BYTES:
-        return _pack(msgpack.Ext(EXT_ARENA_VALUE, _pack(arena.write(encoded))))
-    return encoded
+        return _pack(msgpack.Ext(EXT_ARENA_VALUE, _pack(arena.write(memoryview(encoded)))))
+    return bytes(encoded)
 
 
 def encode_arguments(arguments: Mapping[str, Any], arena: Arena) -> bytes:
@@ -88,7 +88,7 @@ def _is_long(value: Any) -> bool:
     return isinstance(value, _BUFFERS) and len(value) >= THRESHOLD_BYTES
 
 
-def _encode(value: Any, arena: Arena | None) -> bytes:
+def _encode(value: Any, arena: Arena | None) -> bytearray:
     def hook(part: Any) -> Any:
         if isinstance(part, PurePath):
             return str(part)
@@ -104,7 +104,10 @@ def _encode(value: Any, arena: Arena | None) -> bytes:
             return msgpack.Ext(EXT_ARENA_ARRAY, _pack((typestr, shape, *arena.write(data))))
         return msgpack.Ext(EXT_ARRAY, _pack((typestr, shape, data)))
 
-    return _pack(value, enc_hook=hook)
+    # Not `encode`: where no memory is left for its output, that of msgspec 0.22 crashes instead of raising.
+    encoded = bytearray()
+    msgpack.Encoder(enc_hook=hook).encode_into(value, encoded)
+    return encoded
 
 
 def _array_parts(value: Any) -> tuple[str, tuple[int, ...], memoryview] | None:
@@ -127,6 +130,29 @@ def _array_parts(value: Any) -> tuple[str, tuple[int, ...], memoryview] | None:
         return typestr, shape, memoryview(value.tobytes())
 
 
+# Typed: nothing else is made of what the other side may have written.
+_span = msgpack.Decoder(tuple[int, int])
+_arena_array = msgpack.Decoder(tuple[str, list[int], int, int])
+_inline_array = msgpack.Decoder(tuple[str, list[int], bytes])
+
+
+class Unpacks(Protocol):
+    """Decodes MessagePack values; see `engine.sandbox.untrusted`."""
+
+    def decode(self, data: Any) -> Any:
+        """A value."""
+
+    def nested(self, data: Any) -> Any:
+        """A part of it that lies elsewhere."""
+
+
+class _Trusting:
+    """For what the engine has sent."""
+
+    def __init__(self, extension: Callable[[int, Any], Any]) -> None:
+        self.decode = self.nested = msgpack.Decoder(ext_hook=extension).decode
+
+
 class Decoder:
     """Decodes what the other side encoded.
 
@@ -135,15 +161,23 @@ class Decoder:
         files: whether a `FilePart` may come.
         make_array: builds an array. The data is a view of the arena or of the frame: an implementation that
             keeps it must copy it, or see to it that the other side does not overwrite it.
+        unpacker: what decodes MessagePack, given what is to be done with extensions; msgspec, if None.
     """
 
-    def __init__(self, arena: Arena, make_array: MakeArray, *, files: bool = False) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        make_array: MakeArray,
+        *,
+        files: bool = False,
+        unpacker: Callable[[Callable[[int, Any], Any]], Unpacks] | None = None,
+    ) -> None:
         self._arena = arena
         self._make_array = make_array
         self._files = files
         self._left_bytes = 0  # of the arena that the present value may still refer to
         self._in_arena = False
-        self._decoder = msgpack.Decoder(ext_hook=self._extension)
+        self._decoder = _Trusting(self._extension) if unpacker is None else unpacker(self._extension)
 
     def decode(self, data: Any) -> Any:
         """The value.
@@ -163,23 +197,22 @@ class Decoder:
     def _extension(self, code: int, data: memoryview) -> Any:
         if code == EXT_FILE and self._files:
             return FilePart(bytes(data).decode())
-        parts = msgpack.decode(data)
         if code == EXT_ARENA_BYTES:
-            offset, length = parts
+            offset, length = _span.decode(data)
             self._take(length)
             return self._arena.copy(offset, length)
         if code == EXT_ARENA_VALUE:
-            offset, length = parts
+            offset, length = _span.decode(data)
             if self._in_arena or length > MAX_VALUE_BYTES:
                 raise ValueError("a value in the arena is too long, or in a value in the arena")
             self._in_arena = True
-            return self._decoder.decode(self._arena.copy(offset, length))
+            return self._decoder.nested(self._arena.copy(offset, length))
         if code == EXT_ARENA_ARRAY:
-            typestr, shape, offset, length = parts
+            typestr, shape, offset, length = _arena_array.decode(data)
             self._take(length)
             return self._array(typestr, shape, self._arena.view(offset, length), (offset, length))
         if code == EXT_ARRAY:
-            typestr, shape, content = parts
+            typestr, shape, content = _inline_array.decode(data)
             return self._array(typestr, shape, memoryview(content), None)
         raise ValueError(f"unknown extension {code}")
 

@@ -31,6 +31,7 @@ class Ending(StrEnum):
     START_TIMEOUT = "start_timeout"
     MEMORY = "memory"
     PROCESSES = "processes"
+    SCRATCH = "scratch"
     PROTOCOL = "protocol"
     FAILED = "failed"  # it had already answered with what broke
 
@@ -74,7 +75,13 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     process_count: int = 0  # processes and threads of the tree, with Ending.PROCESSES
     process_limit: int = 0
     memory_peak_bytes: int = 0  # the whole process tree, resident
-    oom_kills: int = 0  # by the kernel, in the worker's lifetime
+    memory_shared_bytes: int = 0  # of that: shared memory, mapped or not
+    shm_full: bool = False  # or almost: its own /dev/shm
+    scratch_holds: str = ""  # "holds at least 1100 MiB", with Ending.SCRATCH
+    scratch_limit_bytes: int = 0
+    oom_kills: int = 0  # by the kernel, of anything in its cgroup; or on the machine, shortly before it died
+    cgroup_limit: bool = False  # they were for the limit of its own cgroup
+    lost: str = ""  # how the fork server ended, where the worker went with it
     stack: str = ""  # what faulthandler wrote
     main_thread: int = 0
     output_tail: str = ""
@@ -112,7 +119,8 @@ _NO_MEMORY = re.compile(
 _SELF_SIGNAL = re.compile(r"^self-signal (\d{1,3}) at (.{1,500})$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 _LAST_FRAME = re.compile(rb'(worker/__main__\.py", line \d+ in <module>|^  \.\.\.)\n\Z', re.MULTILINE)
-_WAITS = ("engine/worker/serve.py", "receive")
+_SERVES, _FRAMES = "engine/worker/serve.py", "engine/sandbox/frames.py"
+_WAITS = ("run", "receive", "send")  # what it does there from one call's answer to the next call
 _THREAD = re.compile(r"^(?P<current>Current thread|Thread) 0x(?P<id>[0-9a-f]{1,16})\b")
 
 
@@ -131,6 +139,8 @@ def verdict(status: ExitStatus, evidence: Evidence) -> Verdict:
             return Verdict(Cause(ReasonCode.MEMORY_LIMIT, _memory(evidence)))
         case Ending.PROCESSES:
             return Verdict(Cause(ReasonCode.PROCESS_LIMIT, _processes(evidence)))
+        case Ending.SCRATCH:
+            return Verdict(Cause(ReasonCode.SCRATCH_LIMIT, _scratch(evidence)))
         case Ending.PROTOCOL:
             return _cause(ReasonCode.PROTOCOL_ERROR, evidence, _breach(evidence))
     return _died_by_itself(status, evidence)
@@ -147,6 +157,8 @@ def _died_by_itself(status: ExitStatus, evidence: Evidence) -> Verdict:
             ReasonCode.PROTOCOL_ERROR, evidence, _breach(msgspec.structs.replace(evidence, breach=breach))
         )
     if status.code is None:
+        if evidence.lost:
+            return Verdict(lost_with(evidence.lost, doing))
         text = f"the worker is gone{doing}, and with it the process that could tell how; restart the plugin"
         return _cause(ReasonCode.KILLED_EXTERNALLY, evidence, text)
     if status.code == wire.EXIT_NO_MEMORY:
@@ -170,6 +182,11 @@ def _signalled(status: ExitStatus, evidence: Evidence, doing: str, at: str) -> V
         return _cause(
             ReasonCode.MEMORY_LIMIT, evidence, f"an allocation failed in native code{doing}: {_raise(evidence)}"
         )
+    if number == signal.SIGKILL and evidence.cgroup_limit:
+        text = f"killed by the kernel for memory{doing}, at its cgroup's limit: {_raise(evidence)}"
+        return _cause(ReasonCode.MEMORY_LIMIT, evidence, text)
+    if number == signal.SIGBUS and evidence.shm_full:  # it wrote to a mapped page that there was no room for
+        return _cause(ReasonCode.MEMORY_LIMIT, evidence, _memory(evidence))
     if number == signal.SIGKILL and evidence.oom_kills:
         text = f"the kernel ended it for want of memory{doing}: {_raise(evidence)}"
         return _cause(ReasonCode.MEMORY_LIMIT, evidence, text)
@@ -191,6 +208,15 @@ def _cause(code: ReasonCode, evidence: Evidence, text: str) -> Verdict:
     return Verdict(Cause(code, text + shown))
 
 
+def lost_with(how: str, doing: str) -> Cause:
+    """The cause of every plugin whose worker, or the making of one, ended with the fork server."""
+    text = (
+        f"its worker was lost{doing}: {how}, and all workers end with it; find out what ended it, then restart "
+        f"the plugin"
+    )
+    return Cause(ReasonCode.KILLED_EXTERNALLY, text)
+
+
 def _doing(evidence: Evidence) -> str:
     return f" during {evidence.doing}" if evidence.doing else " while it was idle"
 
@@ -206,7 +232,17 @@ def _hung(evidence: Evidence) -> str:
 
 def _memory(evidence: Evidence) -> str:
     used = evidence.memory_peak_bytes / _MIB
-    return f"it used {used:.0f} MiB{_doing(evidence)}: {_raise(evidence)}"
+    shared = evidence.memory_shared_bytes / _MIB
+    of_that = f", {shared:.0f} MiB of it shared memory" if shared > used / 4 else ""
+    return f"it used {used:.0f} MiB{_doing(evidence)}{of_that}: {_raise(evidence)}"
+
+
+def _scratch(evidence: Evidence) -> str:
+    return (
+        f"its scratch folder {evidence.scratch_holds}{_doing(evidence)}: its limit is "
+        f"{evidence.scratch_limit_bytes / _MIB:.0f} MiB; delete there what you no longer need or raise "
+        f"[limits] scratch_mib, then restart the plugin"
+    )
 
 
 def _processes(evidence: Evidence) -> str:
@@ -314,10 +350,14 @@ def fatal_place(evidence: Evidence) -> str:
 
 
 def _only_waited(evidence: Evidence) -> bool:
-    """Whether the thread that took the signal was our own, waiting for the next call: it does nothing that could
+    """Whether the thread that took the signal was our own, between two calls: it does nothing there that could
     fault, so somebody sent the signal."""
-    frames = _fatal_threads(evidence).get(None) or [("", "", "")]
-    return frames[0][0].endswith(_WAITS[0]) and frames[0][2] == _WAITS[1]
+    for file, _, function in _fatal_threads(evidence).get(None) or []:
+        if file.endswith(_SERVES):
+            return function in _WAITS
+        if not file.endswith(_FRAMES):
+            return False
+    return False
 
 
 def hang_place(evidence: Evidence) -> str:

@@ -33,6 +33,12 @@ EXIT_NO_MEMORY = 72  # likewise: the plugin left it no memory to go on with
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=65_536)]
 
 
+# Parts of the arena, (offset, length), that the plugin holds on to after a call.
+MAX_HELD = 1024
+MAX_CHAIN = 32  # modules in a `StartFailed`
+Held: TypeAlias = Annotated[tuple[tuple[int, int], ...], msgspec.Meta(max_length=MAX_HELD)]
+
+
 StageName: TypeAlias = Literal["import", "init", "validate", "tools"]
 
 
@@ -104,7 +110,7 @@ class Stage(Message, frozen=True, tag=17):
 class ToolInfo(msgspec.Struct, frozen=True):
     """What the worker found out about a tool from its signature."""
 
-    parameters: str  # JSON Schema of the arguments, as JSON
+    parameters: Annotated[str, msgspec.Meta(max_length=1 << 20)]  # JSON Schema of the arguments, as JSON
     streams: bool = False
     progress: bool = False
 
@@ -119,11 +125,15 @@ class StartFailed(Message, frozen=True, tag=19):
     """The start broke in Python."""
 
     stage: Text
-    kind: str  # "exception" | "missing" | "memory" | "returned_false" | "no_validate" | "no_tool" | "no_class" | …
+    kind: (
+        Text  # "exception" | "missing" | "memory" | "returned_false" | "no_validate" | "no_tool" | "no_class" | …
+    )
     error_type: Text
     message: Text
     where: Text  # "plugin.py:17 in `detect`", or ""
-    chain: tuple[Text, ...] = ()  # the modules whose import led to what is missing
+    chain: Annotated[
+        tuple[Text, ...], msgspec.Meta(max_length=MAX_CHAIN)
+    ] = ()  # the modules whose import led to what is missing
 
 
 class Began(Message, frozen=True, tag=20):
@@ -152,18 +162,18 @@ class Result(Message, frozen=True, tag=23):
 
     call_id: int
     value: msgspec.Raw
-    held: tuple[tuple[int, int], ...] = ()  # parts of the arena, (offset, length), that the plugin holds on to
+    held: Held = ()
 
 
 class Failed(Message, frozen=True, tag=24):
     """The call has no result."""
 
     call_id: int
-    kind: str  # "bad_input" | "input_too_large" | "rejected" | "exception" | "memory" | "invalid" | "too_large"
+    kind: Text  # "bad_input" | "input_too_large" | "rejected" | "exception" | "memory" | "invalid" | "too_large"
     error_type: Text
     message: Text
     where: Text = ""
-    held: tuple[tuple[int, int], ...] = ()
+    held: Held = ()
 
 
 class LogLine(Message, frozen=True, tag=25):
@@ -181,6 +191,7 @@ class Fork(Message, frozen=True, tag=40):
 
     token: int
     scratch: str
+    cgroup: bool = False  # one more descriptor, of the `cgroup.procs` through which the worker enters its own
 
 
 class Forked(Message, frozen=True, tag=41):
@@ -190,11 +201,30 @@ class Forked(Message, frozen=True, tag=41):
     pid: int
 
 
+class NotForked(Message, frozen=True, tag=46):
+    """The kernel gave no process for it."""
+
+    token: int
+    errno: int
+
+
 class Exited(Message, frozen=True, tag=42):
     """It is dead, and so is everything it started. `status` is as from `waitpid`."""
 
     token: int
     status: int
+
+
+class Serving(Message, frozen=True, tag=44):
+    """The reaper's first message: it has forked the fork server. Carries that one's pidfd."""
+
+    pid: int
+
+
+class Lost(Message, frozen=True, tag=45):
+    """The reaper's last: the fork server is dead, and so is everything that was below it; the engine is not."""
+
+    status: int  # as from `waitpid`
 
 
 class Isolated(Message, frozen=True, tag=43):
@@ -203,14 +233,14 @@ class Isolated(Message, frozen=True, tag=43):
     exposed: str  # why what is private to the engine is not hidden from plugins; "" if it is
 
 
-TO_WORKER: TypeAlias = Start | Call
 FROM_WORKER: TypeAlias = Hello | Stage | Ready | StartFailed | Began | Progress | Item | Result | Failed | LogLine
 
 _encoder = msgpack.Encoder()
-to_worker = msgpack.Decoder(TO_WORKER)
+start_request = msgpack.Decoder(Start)
+call_request = msgpack.Decoder(Call)
 from_worker = msgpack.Decoder(FROM_WORKER)
 fork_request = msgpack.Decoder(Fork)
-from_fork_server = msgpack.Decoder(Isolated | Forked | Exited)
+from_fork_server = msgpack.Decoder(Isolated | Forked | NotForked | Exited | Serving | Lost)
 encode = _encoder.encode
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from engine.sandbox.arena import Span
+from engine.sandbox.wire import MAX_HELD
 
 
 class Lender:
@@ -26,7 +27,7 @@ class Lender:
     def make(self, typestr: str, shape: tuple[int, ...], data: memoryview, span: Span | None) -> Any:
         """A read-only numpy array over `data`, which lies at `span` in the arena, if there."""
         numpy = import_module("numpy")
-        if span is not None and self._held_bytes > self._enough_bytes:
+        if span is not None and (self._held_bytes > self._enough_bytes or len(self._lent) >= MAX_HELD):
             data, span = memoryview(bytes(data)), None
         flat = numpy.frombuffer(data, numpy.dtype(typestr))
         if span is not None:

@@ -199,4 +199,4 @@ def _chain(exc: BaseException, start: wire.Start) -> tuple[str, ...]:
         ):
             continue
         chain.append(failure.sendable(name))
-    return tuple(chain)
+    return tuple(chain if len(chain) <= wire.MAX_CHAIN else chain[: wire.MAX_CHAIN - 1] + chain[-1:])

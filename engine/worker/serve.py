@@ -24,10 +24,20 @@ from typing import Any, NamedTuple, TextIO
 
 from engine.sandbox import values, wire
 from engine.sandbox.arena import Arena, ArenaFull, Span
-from engine.worker import confine, contain, failure, lending, load, tools
+from engine.sandbox.frames import Frames
+from engine.worker import confine, contain, failure, lending, load, mounts, tools
 
 _PROGRESS_INTERVAL_S = 0.1  # a tool may report each of a million steps; a person reads ten a second
 _FIRST_FD = 100  # our descriptors start here, so that a plugin that closes 3 to 99 does not hit them
+
+
+# Listed once, in the fork server: whoever looks at all names in `sys.modules` touches, and so copies, all of them.
+_OWN_MODULES: list[str] = []
+
+
+def prepare() -> None:
+    """In the fork server, once everything is imported: have ready what every worker would do again."""
+    _OWN_MODULES[:] = [name for name in sys.modules if name == "engine" or name.startswith("engine.")]
 
 
 class Descriptors(NamedTuple):
@@ -59,7 +69,7 @@ class Channel:
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(True)
         self._lock = threading.Lock()
-        self._received = bytearray()
+        self._frames = Frames()
 
     def send(self, message: wire.Message) -> None:
         """Send one message; a worker without a channel ends here, since nobody could hear it any more."""
@@ -69,23 +79,17 @@ class Channel:
         except OSError:
             os._exit(wire.EXIT_CHANNEL_LOST)
 
-    def receive(self) -> bytes | None:
-        """The next frame, or None once the engine has closed its end."""
-        header = wire.HEADER.size
-        while True:
-            if len(self._received) >= header:
-                end = header + wire.HEADER.unpack_from(self._received)[0]
-                if len(self._received) >= end:
-                    frame = bytes(self._received[header:end])
-                    del self._received[:end]
-                    return frame
+    def receive(self) -> memoryview | None:
+        """The next frame, valid until the next call; None once the engine has closed its end."""
+        while (frame := self._frames.take()) is None:
             try:
-                chunk = self._socket.recv(262_144)
+                count = self._socket.recv_into(self._frames.room())
             except OSError:
                 os._exit(wire.EXIT_CHANNEL_LOST)
-            if not chunk:
+            if not count:
                 return None
-            self._received += chunk
+            self._frames.came(count)
+        return frame
 
     def forget(self) -> None:
         """In a forked child of the plugin: it must not speak in the worker's name."""
@@ -97,15 +101,19 @@ def run(descriptors: Descriptors, scratch: Path) -> int:
     """Be a worker until the engine closes the channel; returns the exit status."""
     channel = Channel(descriptors.channel)
     _settle_in(descriptors, scratch, channel)
+    shm_problem = mounts.own_shm()
     channel.send(wire.Hello(wire.PROTOCOL, os.getpid(), threading.get_ident()))
     first = channel.receive()
     if first is None:
         return 0
-    start = wire.to_worker.decode(first)
-    if not isinstance(start, wire.Start):
-        return wire.EXIT_BROKEN
+    start = wire.start_request.decode(first)
     confine.limit(start.memory_bytes)
     try:
+        if shm_problem:
+            channel.send(wire.LogLine("warning", shm_problem))
+        else:
+            mounts.limit_shm(start.memory_bytes + start.memory_bytes // 4)  # the watch is to find it first
+            mounts.seal_proc()
         contain.apply(start)
         sys.addaudithook(_suicide_note(descriptors.stack, Path(start.folder)))
         plugin_tools = load.load(start, channel.send)
@@ -116,9 +124,7 @@ def run(descriptors: Descriptors, scratch: Path) -> int:
     caller = Caller(channel, Path(start.folder), plugin_tools, start.max_result_bytes, descriptors)
     channel.send(wire.Ready({name: tool.info for name, tool in plugin_tools.items()}))
     while (data := channel.receive()) is not None:
-        call = wire.to_worker.decode(data)
-        if isinstance(call, wire.Call):
-            channel.send(caller.answer(call))
+        channel.send(caller.answer(wire.call_request.decode(data)))
     atexit._run_exitfuncs()  # noqa: SLF001 - we leave by os._exit, which skips the plugin's own clean-up
     return 0
 
@@ -135,8 +141,8 @@ def _settle_in(descriptors: Descriptors, scratch: Path, channel: Channel) -> Non
     scratch.mkdir(mode=0o700, parents=True)
     os.chdir(scratch)
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
-    for name in [name for name in sys.modules if name == "engine" or name.startswith("engine.")]:
-        del sys.modules[name]
+    for name in _OWN_MODULES:
+        sys.modules.pop(name, None)
 
 
 def _writer(fd: int) -> TextIO:
@@ -147,7 +153,8 @@ def _suicide_note(stack_fd: int, folder: Path) -> Callable[[str, tuple[Any, ...]
     """An audit hook that writes down a signal the plugin sends to itself: afterwards nobody could tell."""
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event in ("os.kill", "os.killpg") and args[0] in (0, os.getpid(), -os.getpid()):
+        own = event in ("os.kill", "os.killpg") and args[0] in (0, os.getpid(), -os.getpid())
+        if own or event == "signal.pthread_kill":  # a thread of another process cannot be named
             at = failure.caller(sys._getframe(1), folder)  # noqa: SLF001 - the documented way to a frame
             with contextlib.suppress(OSError):
                 os.write(stack_fd, f"self-signal {int(args[1])} at {at}\n".encode())
