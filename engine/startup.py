@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ class Starter:
         self._crashes = crashes
         self._fail = fail
         self._on_fault = on_fault
-        self._slots = asyncio.Semaphore(settings.start_concurrency)
+        self._slots = asyncio.Semaphore(settings.start_concurrency or max(2, len(os.sched_getaffinity(0))))
         self._scratches = 0
 
     async def settle(self, incarnation: Incarnation, *, refresh_gpu: bool = False) -> None:
@@ -198,6 +199,7 @@ class Starter:
             incarnation=incarnation.status.incarnation,
             start_timeout_s=manifest.limits.start_timeout_s,
             processes=manifest.limits.processes,
+            scratch_bytes=manifest.limits.scratch_mib * _MIB,
             # What a caller sends must not bring a plugin over its limit: there may be a view and a copy of it.
             arena_bytes=min(self._settings.arena_bytes, manifest.limits.memory_mib * _MIB // 4),
             log_lines_per_s=self._settings.log_lines_per_s,

@@ -34,6 +34,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     start_timeout_s: float = 60.0  # import, __init__ and validate together
     memory_mib: int = 1024
     processes: int = 512  # processes and threads together, those of everything it starts too
+    scratch_mib: int = 1024  # on disk, in the scratch folder
     workers: int = 1  # processes serving this plugin
     queue: int = 64  # calls waiting beyond that are refused
 

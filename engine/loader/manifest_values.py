@@ -32,6 +32,7 @@ _RANGES = {
     "start_timeout_s": (0.0, _YEAR_S, "seconds"),
     "memory_mib": (16, 2**30, "MiB"),
     "processes": (1, 1_000_000, "processes"),
+    "scratch_mib": (1, 2**30, "MiB"),
     "workers": (1, 64, "processes"),
     "queue": (0, 1_000_000, "calls"),
 }

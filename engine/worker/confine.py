@@ -10,8 +10,8 @@ import ctypes
 import os
 import resource
 import signal
-from pathlib import Path
 
+from engine.sandbox import priority
 from engine.worker.native import checked, libc
 
 PR_SET_PDEATHSIG = 1
@@ -38,7 +38,7 @@ def become_subreaper() -> None:
 
 
 def detach(parent: int) -> None:
-    """Own session, and death with the parent.
+    """Own session, death with the parent, and a place behind the engine.
 
     Raises:
         ProcessLookupError: the parent died before the death signal was armed.
@@ -48,6 +48,7 @@ def detach(parent: int) -> None:
     if os.getppid() != parent:
         raise ProcessLookupError("the fork server is gone")
     become_subreaper()
+    priority.set_nice(priority.WORKER_NICE)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
@@ -62,7 +63,10 @@ def limit(memory_bytes: int) -> None:
     _with_reserve = (hard, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    Path("/proc/self/oom_score_adj").write_text("1000")
+    # Not by `Path`: what an open file object touches, every worker would have a copy of.
+    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    os.write(fd, b"1000")
+    os.close(fd)
 
 
 def open_reserve() -> None:

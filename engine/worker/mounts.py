@@ -25,6 +25,9 @@ from engine.worker.native import checked, libc, syscall
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
+_CLONE_NEWIPC = 0x08000000
+_MS_REMOUNT = 32
+_SHM = "/dev/shm"  # noqa: S108 - the place itself
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MS_BIND = 4096
 _MS_REC = 16384
@@ -34,6 +37,8 @@ _MOUNT_ATTR = struct.Struct("=QQQQ")  # attr_set, attr_clr, propagation, userns_
 _MOUNT_ATTR_RDONLY = 1
 _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
+
+_SHM_FILE_BYTES = 4096  # of its size, so many files of this size: each costs the kernel memory beside it
 
 # Through these, who writes there commands the kernel (core_pattern, sysrq, cgroup.kill); containers do the same.
 _KERNEL_SWITCHES = ("/sys", "/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus")
@@ -69,6 +74,38 @@ def hide(private: Sequence[Path], keep: Path) -> str:
         return f"no mount namespace can be made here ({os.strerror(errno)}); allow one, or run plugins elsewhere"
     _enter(present, keep.resolve())
     return ""
+
+
+def own_shm() -> str:
+    """In a worker: a /dev/shm, and POSIX message queues, of its own, which are gone when its last process is.
+
+    Needs a process with one thread.
+
+    Returns:
+        "" or, in words, why this could not be done.
+    """
+    try:
+        checked(libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC), "unshare(CLONE_NEWNS | CLONE_NEWIPC)")
+        _mount(None, "/", None, _MS_REC | _MS_SLAVE)
+        _mount("holdfast", _SHM, "tmpfs", _MS_NOSUID_NODEV_NOEXEC, b"size=1m,mode=1777")
+    except OSError as exc:
+        return f"{_SHM} is shared with other processes ({exc.strerror}): what is left there outlives the plugin"
+    return ""
+
+
+def limit_shm(size_bytes: int) -> None:
+    """Let it hold that much."""
+    options = f"size={size_bytes},nr_inodes={max(1024, size_bytes // _SHM_FILE_BYTES)}"
+    _mount("holdfast", _SHM, "tmpfs", _MS_NOSUID_NODEV_NOEXEC | _MS_REMOUNT, options.encode())
+
+
+def seal_proc() -> None:
+    """In a worker with a mount namespace of its own: /proc can be read only.
+
+    Otherwise a plugin of the engine's user could make the engine the first that the kernel's OOM killer takes, or
+    the last that gets a processor. Both stand below /proc/PID, where Landlock does not tell processes apart.
+    """
+    _set_read_only(Path("/proc"), 0)
 
 
 def _interpreter() -> Iterator[Path]:

@@ -1,12 +1,13 @@
 """Seccomp: a filter over system calls, for a process and everything it starts.
 
-Written out in classic BPF (linux/filter.h, linux/seccomp.h, seccomp(2)): the filter is thirty instructions, and
+Written out in classic BPF (linux/filter.h, linux/seccomp.h, seccomp(2)): the filter is forty instructions, and
 `pyseccomp` needs libseccomp on the machine, which few have. Libraries see an ordinary error, never a kill.
 
 Always denied: changing limits and priorities of *other* processes, which needs no signal and no ptrace: one
 `prlimit(engine, RLIMIT_CPU, …)` would end the engine. A process is "other" unless it is named 0 or by the worker's
-own pid, so a child that names itself by number is denied too. On demand: every socket but Unix ones, and io_uring,
-whose operations no filter sees.
+own pid, so a child that names itself by number is denied too. And System V IPC, whose memory belongs to no
+process: to libraries it looks like a kernel that was built without. On demand: every socket but Unix ones, and
+io_uring, whose operations no filter sees.
 """
 
 from __future__ import annotations
@@ -63,11 +64,14 @@ class _Machine(NamedTuple):
     sched_setattr: int
     prlimit: int
     io_uring_setup: int
+    shmget: int
+    msgget: int
+    semget: int
 
 
 _MACHINES = {
-    "x86_64": _Machine(0xC000003E, 317, 41, 53, 141, 251, 142, 144, 314, 302, 425),
-    "aarch64": _Machine(0xC00000B7, 277, 198, 199, 140, 30, 118, 119, 274, 261, 425),
+    "x86_64": _Machine(0xC000003E, 317, 41, 53, 141, 251, 142, 144, 314, 302, 425, 29, 68, 64),
+    "aarch64": _Machine(0xC00000B7, 277, 198, 199, 140, 30, 118, 119, 274, 261, 425, 194, 186, 190),
 }
 _machine = _MACHINES.get(os.uname().machine) if sys.maxsize > 2**32 else None
 
@@ -129,6 +133,8 @@ def template(*, network: bool) -> bytes:
     program += _on(machine.prlimit, [*both_null, *named_by(0)])
     for number, users in ((machine.setpriority, 2), (machine.ioprio_set, 3)):  # PRIO_USER, IOPRIO_WHO_USER
         program += _on(number, [_op(_LOAD, _low(0)), _op(_AT_LEAST, users, 0, 1), deny, *named_by(1)])
+    for number in (machine.shmget, machine.msgget, machine.semget):
+        program += _on(number, [_op(_RETURN, _ERRNO | errno.ENOSYS)])
     if not network:
         unix_only = [_op(_LOAD, _low(0)), _op(_EQUAL, socket.AF_UNIX, 1), deny_network]
         program += _on(machine.socket, unix_only)
