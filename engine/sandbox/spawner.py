@@ -1,20 +1,16 @@
 """The engine's side of the fork server: ask for workers, be told how they died.
 
-The fork server is the one process below the engine that is started by executing Python; everything else is
-forked from it. If it is lost (somebody killed it), all workers are lost with it and the next start brings up
-another.
+The reaper is the one process below the engine that is started by executing Python; the fork server is forked from
+it, and everything else from that. If the fork server is lost (somebody killed it), all workers are lost with it:
+the reaper ends what is left of them, we remove their scratch folders, and the next start brings up another.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shutil
-import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,51 +18,43 @@ from typing import NamedTuple
 import structlog
 
 from engine.errors import HoldfastError
-from engine.sandbox import wire
+from engine.sandbox import launcher, wire
+from engine.sandbox.cgroup import Cgroups, Leaf
 
 log = structlog.get_logger(__name__)
 
-_MAIN = Path(__file__).resolve().parents[1] / "worker" / "__main__.py"
 _FORK_TIMEOUT_S = 20.0  # it takes a millisecond; a fork server that takes this long was stopped, or starves
-_END_TIMEOUT_S = 10.0
-
-# What a plugin may see of the engine's environment: how to find programs, libraries, GPUs and the locale.
-_ENVIRONMENT = (
-    "HOME",
-    "LANG",
-    "LANGUAGE",
-    "LD_LIBRARY_PATH",
-    "PATH",
-    "PYTHONPATH",
-    "TZ",
-    "USER",
-    "VIRTUAL_ENV",
-)
-_ENVIRONMENT_PREFIXES = ("CUDA_", "LC_", "NVIDIA_", "TORCH_")
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 class SpawnFailed(HoldfastError):
     """No worker could be made; an engine-side trouble, not the plugin's."""
 
 
+class Loss(NamedTuple):
+    """The end of a fork server that nobody asked for."""
+
+    how: str  # "the fork server was killed by SIGKILL"
+
+
+class ForkServerLost(SpawnFailed):
+    """The fork server was lost before there was a worker; `loss` says how."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(loss.how)
+        self.loss = loss
+
+
 class Spawned(NamedTuple):
-    """A new process. Whoever gets it closes `pidfd`; `status` ends with its wait status, None if unknown."""
+    """A new process. Whoever gets it closes `pidfd`.
+
+    `status` ends with its wait status; where nobody is left to tell it, with the loss of the fork server, or with
+    None where we ended that ourselves.
+    """
 
     pid: int
     pidfd: int
-    status: asyncio.Future[int | None]
-
-
-def worker_environment() -> dict[str, str]:
-    """The minimal environment of every worker, with the BLAS libraries' threads capped at the core count."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
-    }
-    threads = str(min(4, os.cpu_count() or 1))
-    return {**kept, **dict.fromkeys(_THREADS, threads), "PYTHONUNBUFFERED": "1"}
+    status: asyncio.Future[int | Loss | None]
+    leaf: Leaf | None  # its cgroup, which whoever gets it ends
 
 
 class Spawner:
@@ -75,63 +63,112 @@ class Spawner:
     Args:
         scratch_root: a folder of its own, for the workers' scratch folders.
         private: files and folders that no plugin is to see, the scratch root's parent excepted.
+        cgroups: where each worker gets a leaf of its own, if there is such a place.
     """
 
-    def __init__(self, scratch_root: Path, private: Sequence[Path] = ()) -> None:
+    def __init__(self, scratch_root: Path, private: Sequence[Path] = (), cgroups: Cgroups | None = None) -> None:
         self.scratch_root = scratch_root
         self.exposed: str | None = None  # why `private` is not hidden; "" if it is; None: not known yet
         self._private = private
-        self._process: subprocess.Popen[bytes] | None = None
+        self._cgroups = cgroups
+        self._removals: set[asyncio.Task[None]] = set()  # of leaves that nobody got
+        self.fork_server_pid: int | None = None  # as the reaper told it
+        self._process: subprocess.Popen[bytes] | None = None  # the reaper
+        self._fork_server: int | None = None  # its pidfd
         self._burial: asyncio.Task[None] | None = None  # waits for one that was lost
         self._control: socket.socket | None = None
         self._starting = asyncio.Lock()
         self._sending = asyncio.Lock()
+        self._writable: asyncio.Future[None] | None = None  # what a message that does not fit yet waits for
+        self._stuck = ""  # why we killed the fork server ourselves
         self._next_token = 0
         # Invariant: a token is in `_forking` until its `Forked` came, then in `_exits` until its `Exited` came.
-        self._forking: dict[int, asyncio.Future[tuple[int, int]]] = {}
-        self._exits: dict[int, asyncio.Future[int | None]] = {}
+        self._forking: dict[int, asyncio.Future[tuple[int, int, asyncio.Future[int | Loss | None]]]] = {}
+        self._exits: dict[int, asyncio.Future[int | Loss | None]] = {}
 
-    async def spawn(self, fds: Sequence[int], scratch: Path) -> Spawned:
+    @property
+    def reaper_pid(self) -> int | None:
+        """The process that the fork server was forked from; None where there is none now."""
+        return None if self._process is None else self._process.pid
+
+    async def spawn(
+        self, fds: Sequence[int], scratch: Path, *, memory_bytes: int = 0, processes: int = 0
+    ) -> Spawned:
         """A new worker process that holds copies of `fds` and works in `scratch`.
 
+        Args:
+            fds: what `wire.Fork` carries.
+            scratch: its folder.
+            memory_bytes: the limit of its cgroup, where it gets one.
+            processes: likewise; threads count.
+
         Raises:
-            SpawnFailed: the fork server does not start, or was lost meanwhile.
+            SpawnFailed: the fork server does not start, or no cgroup can be made.
+            ForkServerLost: it was lost meanwhile.
         """
+        if self._cgroups is None:
+            return await self._spawn(fds, scratch, None)
+        making = asyncio.ensure_future(asyncio.to_thread(self._cgroups.leaf, memory_bytes, processes))
+        leaf = None
+        try:
+            leaf = await asyncio.shield(making)
+            return await self._spawn(fds, scratch, leaf)
+        except BaseException as exc:
+            self._end_unused(making)
+            if leaf is None and isinstance(exc, OSError):
+                raise SpawnFailed(f"no cgroup can be made for it: {exc}") from exc
+            raise
+        finally:
+            if leaf is not None:
+                leaf.close()
+
+    def _end_unused(self, making: asyncio.Future[Leaf]) -> None:
+        async def end() -> None:
+            try:
+                leaf = await making
+                await asyncio.to_thread(leaf.end)
+            except OSError as exc:  # where it was not made, `spawn` says so
+                log.warning("cgroup_not_removed", why=str(exc))
+
+        task = asyncio.get_running_loop().create_task(end())
+        self._removals.add(task)
+        task.add_done_callback(self._removals.discard)
+
+    async def _spawn(self, fds: Sequence[int], scratch: Path, leaf: Leaf | None) -> Spawned:
+        if leaf is not None and leaf.procs_fd is not None:
+            fds = [*fds, leaf.procs_fd]
         control = await self._ensure()
         loop = asyncio.get_running_loop()
         self._next_token += 1
         token = self._next_token
         forked = self._forking[token] = loop.create_future()
+        late = loop.call_later(_FORK_TIMEOUT_S, self._give_up, control)
         try:
-            await self._send(control, wire.Fork(token, str(scratch)), fds)
-            pid, pidfd = await asyncio.wait_for(asyncio.shield(forked), _FORK_TIMEOUT_S)
-        except TimeoutError:
-            self._on_lost(control, "it does not answer")
-            raise SpawnFailed("the fork server does not answer") from None
+            await self._send(control, wire.Fork(token, str(scratch), leaf is not None), fds)
+            pid, pidfd, status = await asyncio.shield(forked)
         except asyncio.CancelledError:
             if forked.done() and not forked.cancelled() and forked.exception() is None:
                 _discard(forked.result()[1])  # it came in the very moment of the cancellation
             forked.cancel()
             raise
         except OSError as exc:
-            raise SpawnFailed(f"the fork server does not answer: {exc}") from exc
+            raise SpawnFailed(f"the fork server cannot be asked: {exc}") from exc
         finally:
+            late.cancel()
             self._forking.pop(token, None)
-        return Spawned(pid, pidfd, self._exits[token])
+        return Spawned(pid, pidfd, status, leaf)
 
     async def close(self) -> None:
         """End the fork server, which ends all that is left below it and removes the scratch folders."""
-        control, self._control = self._control, None
-        process, self._process = self._process, None
-        if control is not None:
-            asyncio.get_running_loop().remove_reader(control.fileno())
-            control.close()
+        process, pidfd = self._hang_up()
         if process is not None:
-            await asyncio.to_thread(_wait, process)
+            await asyncio.to_thread(launcher.see_off, process, pidfd)
         await self._buried()
-        self._lose_all()
+        self._lose_all(None)
+        if self._removals:
+            await asyncio.wait(self._removals)
         # A fork server removes them itself, unless it was lost.
-        await asyncio.to_thread(shutil.rmtree, self.scratch_root, ignore_errors=True)
+        await asyncio.to_thread(launcher.remove, self.scratch_root)
 
     async def _buried(self) -> None:
         if self._burial is not None:
@@ -139,37 +176,54 @@ class Spawner:
 
     async def _ensure(self) -> socket.socket:
         async with self._starting:
-            if self._control is None:
-                await self._buried()
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                try:
-                    self._process = await asyncio.to_thread(_launch, theirs, self.scratch_root, self._private)
-                except OSError as exc:
-                    ours.close()
-                    raise SpawnFailed(f"the fork server does not start: {exc}") from exc
-                finally:
-                    theirs.close()
-                ours.setblocking(False)
-                asyncio.get_running_loop().add_reader(ours.fileno(), self._on_readable, ours)
-                self._control = ours
-            return self._control
+            if self._control is not None:
+                return self._control
+            # A start that is cancelled leaves a fork server for the next one, not half of one.
+            launching = asyncio.ensure_future(self._launch())
+            try:
+                return await asyncio.shield(launching)
+            except asyncio.CancelledError:
+                await asyncio.wait([launching])
+                raise
+
+    async def _launch(self) -> socket.socket:
+        await self._buried()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._process = await asyncio.to_thread(launcher.launch, theirs, self.scratch_root, self._private)
+        except (OSError, RuntimeError) as exc:  # RuntimeError: no thread can be started
+            ours.close()
+            raise SpawnFailed(f"the fork server does not start: {exc}") from exc
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._on_readable, ours)
+        self._control = ours
+        return ours
 
     async def _send(self, control: socket.socket, message: wire.Message, fds: Sequence[int]) -> None:
-        loop = asyncio.get_running_loop()
+        """Returns once it is sent, or can no longer be: whoever waits for the answer is then told why."""
         data = wire.encode(message)
         async with self._sending:
-            while True:
+            while self._control is control:
                 try:
                     socket.send_fds(control, [data], fds)
                 except BlockingIOError:
-                    writable = loop.create_future()
-                    loop.add_writer(control.fileno(), _resolve, writable)
-                    try:
-                        await writable
-                    finally:
-                        loop.remove_writer(control.fileno())
+                    await self._until_writable(control)
+                except BrokenPipeError:  # its end is about to be read
+                    return
                 else:
                     return
+
+    async def _until_writable(self, control: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        self._writable = loop.create_future()
+        loop.add_writer(control.fileno(), _resolve, self._writable)
+        try:
+            await self._writable
+        finally:
+            if self._control is control:
+                loop.remove_writer(control.fileno())
 
     def _on_readable(self, control: socket.socket) -> None:
         while True:
@@ -177,24 +231,35 @@ class Spawner:
                 data, fds, _, _ = socket.recv_fds(control, 65536, 1)
             except BlockingIOError:
                 return
+            except ConnectionResetError:  # told once, where it left a request unread; its last words come after it
+                continue
             except OSError as exc:
-                self._on_lost(control, str(exc))
+                self._on_lost(control, Loss(f"the fork server cannot be heard ({exc})"))
                 return
             if not data:
-                self._on_lost(control, "it ended")
+                self._on_lost(control, Loss(self._how_the_reaper_ended()))
                 return
             message = wire.from_fork_server.decode(data)
             if isinstance(message, wire.Isolated):
                 self.exposed = message.exposed
                 if self.exposed:
                     log.warning("private_files_exposed", why=self.exposed)
+            elif isinstance(message, wire.Serving):
+                self.fork_server_pid = message.pid
+                self._fork_server = fds[0] if fds else None
             elif isinstance(message, wire.Forked):
                 self._on_forked(message, fds)
+            elif isinstance(message, wire.NotForked):
+                self._on_not_forked(message)
+            elif isinstance(message, wire.Lost):
+                how = self._stuck or f"the fork server {launcher.ended(os.waitstatus_to_exitcode(message.status))}"
+                self._on_lost(control, Loss(how))
+                return
             elif (exit_status := self._exits.pop(message.token, None)) and not exit_status.done():
                 exit_status.set_result(message.status)
 
     def _on_forked(self, message: wire.Forked, fds: list[int]) -> None:
-        self._exits[message.token] = asyncio.get_running_loop().create_future()
+        status = self._exits[message.token] = asyncio.get_running_loop().create_future()
         waiting = self._forking.get(message.token)
         if not fds:  # this process has no descriptor left; without its channel the worker ends by itself
             if waiting is not None and not waiting.done():
@@ -204,57 +269,72 @@ class Spawner:
         elif waiting is None or waiting.done():  # whoever asked was cancelled: nobody will use this worker
             _discard(fds[0])
         else:
-            waiting.set_result((message.pid, fds[0]))
+            # With its status, which may come before whoever waits here is woken.
+            waiting.set_result((message.pid, fds[0], status))
 
-    def _on_lost(self, control: socket.socket, why: str) -> None:
-        log.error("fork_server_lost", why=why, workers=len(self._exits))
-        asyncio.get_running_loop().remove_reader(control.fileno())
-        control.close()
-        self._control = None
-        if self._process is not None:
-            self._process.kill()  # without its end of the socket it is of no use, if it lives at all
-            self._burial = asyncio.get_running_loop().create_task(asyncio.to_thread(_wait, self._process))
-            self._process = None
-        self._lose_all()
+    def _on_not_forked(self, message: wire.NotForked) -> None:
+        waiting = self._forking.get(message.token)
+        if waiting is not None and not waiting.done():
+            why = f"the kernel gives no process ({os.strerror(message.errno)})"
+            waiting.set_exception(SpawnFailed(f"{why}; end some, or raise the limit (ulimit -u, pids.max)"))
 
-    def _lose_all(self) -> None:
-        """Nobody is left to tell how a worker ended; the kernel kills them with their parent."""
+    def _give_up(self, control: socket.socket) -> None:
+        """It did not answer in time: kill it. The reaper then tells us of its end, as of any other."""
+        if self._control is not control:
+            return
+        self._stuck = f"the fork server did not answer for {_FORK_TIMEOUT_S:g} s, so the engine ended it"
+        loss, loop = Loss(self._stuck), asyncio.get_running_loop()
+        if self._fork_server is None:
+            self._on_lost(control, loss)
+            return
+        launcher.kill(self._fork_server)
+        loop.call_later(launcher.END_TIMEOUT_S, self._on_lost, control, loss)  # should the reaper be stopped, too
+
+    def _how_the_reaper_ended(self) -> str:
+        """The control socket has ended without a word from the reaper."""
+        code = None if self._process is None else self._process.poll()
+        if code is None:
+            return "the fork server ended"
+        return f"the reaper, the fork server's parent, {launcher.ended(code)}"
+
+    def _on_lost(self, control: socket.socket, loss: Loss) -> None:
+        if self._control is not control:
+            return
+        log.error("fork_server_lost", how=loss.how, workers=len(self._exits))
+        process, pidfd = self._hang_up()
+        burying = asyncio.to_thread(launcher.bury, process, pidfd, self.scratch_root)
+        self._burial = asyncio.get_running_loop().create_task(burying)
+        self._lose_all(loss)
+
+    def _hang_up(self) -> tuple[subprocess.Popen[bytes] | None, int | None]:
+        """Close the control socket, and let go of the reaper and of the fork server's pidfd."""
+        control, self._control = self._control, None
+        process, self._process = self._process, None
+        pidfd, self._fork_server = self._fork_server, None
+        self.fork_server_pid, self._stuck = None, ""
+        if control is not None:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(control.fileno())
+            loop.remove_writer(control.fileno())
+            control.close()
+        if self._writable is not None:
+            _resolve(self._writable)
+        return process, pidfd
+
+    def _lose_all(self, loss: Loss | None) -> None:
+        """Nobody is left to tell how a worker ended."""
         for forked in self._forking.values():
             if not forked.done():
-                forked.set_exception(SpawnFailed("the fork server was lost"))
+                forked.set_exception(ForkServerLost(loss or Loss("the engine ended the fork server")))
         for exit_status in self._exits.values():
             if not exit_status.done():
-                exit_status.set_result(None)
+                exit_status.set_result(loss)
         self._exits.clear()
-
-
-def _launch(control: socket.socket, scratch_root: Path, private: Sequence[Path]) -> subprocess.Popen[bytes]:
-    folders = [str(path.absolute()) for path in (scratch_root, *private)]  # its working directory is not ours
-    command = [sys.executable, "-P", str(_MAIN), str(control.fileno()), *folders]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env=worker_environment(),
-        cwd="/",
-        pass_fds=[control.fileno()],
-        start_new_session=True,  # a Ctrl-C in the terminal is for the engine alone
-    )
-
-
-def _wait(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(_END_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        log.error("fork_server_stuck", pid=process.pid)
-        process.kill()
-        process.wait()
 
 
 def _discard(pidfd: int) -> None:
     """End a worker that nobody has, and let go of it."""
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    launcher.kill(pidfd)
     os.close(pidfd)
 
 

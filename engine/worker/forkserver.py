@@ -3,13 +3,14 @@
     engine ──control (SEQPACKET)── fork server ──fork── worker ── whatever the plugin starts
        └───────────────── channel, output, stack dump, arenas ──────┘
 
-It is warm (everything a worker needs is imported), single-threaded (so forking is safe), and it runs no plugin
-code. Its three duties:
+Its own parent is the reaper. It is warm (everything a worker needs is imported), single-threaded (so forking is
+safe), and it runs no plugin code. Its three duties:
 
 - fork a worker when the engine asks, and hand back a pidfd;
 - tell how a worker died, once everything the worker had started is dead too. It is the child subreaper, so
   orphans land here, and any child of ours that is not a worker is such an orphan;
-- when the engine goes away, however that happens, leave nothing behind: no process, no scratch folder.
+- when the engine goes away, however that happens, leave nothing behind: no process, no scratch folder. When the
+  reaper does, no process: nobody would be left to end them if the fork server were lost, too.
 """
 
 from __future__ import annotations
@@ -18,19 +19,30 @@ import contextlib
 import gc
 import os
 import select
-import shutil
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from engine.sandbox import proc, wire
-from engine.worker import confine, contain, mounts, serve
+from engine.sandbox import trees, wire
+from engine.worker import confine, contain, mounts, reaper, serve
 
 _SWEEP_S = 1.0  # how long a killed orphan may take to die before we go on without it
+_SLICE_S = 0.02  # of that at a time: who asks for a fork waits for one
 _AGAIN_MS = 100  # until we come back to those that were left
 _MAX_FDS = 16
+
+
+class _Ended(NamedTuple):
+    """A worker that was collected, and that the engine does not know of yet."""
+
+    token: int
+    status: int
+    scratch: Path
+    told_by_s: float  # of the monotonic clock, whatever is left of what it had started
 
 
 class ForkServer:
@@ -38,21 +50,25 @@ class ForkServer:
 
     Args:
         control_fd: our end.
+        reaper_pid: our parent.
         scratch_root: below it, and only there, lie the workers' scratch folders.
         private: files and folders of the engine that no plugin is to see.
     """
 
-    def __init__(self, control_fd: int, scratch_root: Path, private: Sequence[Path]) -> None:
+    def __init__(self, control_fd: int, reaper_pid: int, scratch_root: Path, private: Sequence[Path]) -> None:
         self._control = socket.socket(fileno=control_fd)
         self._control.setblocking(True)
+        self._reaper_pid = reaper_pid
         self._scratch_root = scratch_root
         self._private = private
         self._workers: dict[int, tuple[int, Path]] = {}  # pid: (token, scratch folder)
         self._removers: set[int] = set()  # children of ours that delete a scratch folder
-        self._swept = True  # no orphan outlived its sweep
+        self._littered: deque[Path] = deque()  # scratch folders that nobody deletes yet
+        self._ended: deque[_Ended] = deque()
+        self._swept = True  # there are no orphans, as far as we know
 
     def run(self) -> None:
-        """Serve until the engine is gone, then clean up, whatever happened."""
+        """Serve until the engine or the reaper is gone, then clean up, whatever happened."""
         # Made by who removes it: an engine that was killed right after making it would leave it behind.
         with contextlib.suppress(OSError):  # a worker that cannot make its own folder in there says why
             self._scratch_root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -63,6 +79,9 @@ class ForkServer:
             self._leave_nothing()
 
     def _serve(self) -> None:
+        reaper_fd = os.pidfd_open(self._reaper_pid)
+        if os.getppid() != self._reaper_pid:
+            return
         if self._private:
             # The parent of the scratch root, so that the root can still be removed: a mount point cannot.
             self._tell(wire.Isolated(mounts.hide(self._private, self._scratch_root.parent)), [])
@@ -73,19 +92,24 @@ class ForkServer:
             signal.signal(ignored, signal.SIG_IGN)  # only the engine's end ends us
         confine.become_subreaper()
         contain.prepare()
+        serve.prepare()
         gc.collect()
         gc.freeze()  # a worker's collections then leave our pages shared
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         poll.register(wake_in, select.POLLIN)
+        poll.register(reaper_fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll(None if self._swept else _AGAIN_MS)}
-            if not self._swept:
-                self._kill_orphans()
+            ready = {fd for fd, _ in poll.poll(self._pause_ms())}
             if wake_in in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake_in, 4096)
                 self._reap()
+            if not self._swept:
+                self._sweep()
+            self._tidy()
+            if reaper_fd in ready:
+                return
             if self._control.fileno() in ready and not self._serve_request():
                 return
 
@@ -99,11 +123,17 @@ class ForkServer:
             return False
         request = wire.fork_request.decode(data)
         parent = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as exc:  # a plugin has taken the machine's last process, or its memory
+            self._tell(wire.NotForked(request.token, exc.errno or 0), [])
+            pid = -1
         if pid == 0:
             self._become_worker(parent, request, fds)
         for fd in fds:
             os.close(fd)
+        if pid < 0:
+            return True
         self._workers[pid] = (request.token, Path(request.scratch))
         pidfd = os.pidfd_open(pid)
         self._tell(wire.Forked(request.token, pid), [pidfd])
@@ -118,7 +148,10 @@ class ForkServer:
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            refused = _enter_cgroup(fds.pop()) if request.cgroup else None
             descriptors = serve.Descriptors.adopt(fds)
+            if refused is not None:  # said only now, since now there is somebody to hear it
+                raise refused
             confine.detach(parent)
             code = serve.run(descriptors, Path(request.scratch))
         except MemoryError:
@@ -134,54 +167,60 @@ class ForkServer:
         with contextlib.suppress(OSError):
             socket.send_fds(self._control, [wire.encode(message)], fds)
 
+    def _pause_ms(self) -> int | None:
+        """How long to wait for something to happen."""
+        if self._ended:
+            return 0
+        return None if self._swept and not self._littered else _AGAIN_MS
+
     def _reap(self) -> None:
-        """Collect every dead child; report the workers among them."""
-        while True:
+        """Collect the dead children."""
+        if not reaper.collect(time.monotonic() + _SLICE_S, self._on_end):
+            self._swept = False
+
+    def _on_end(self, pid: int, status: int) -> None:
+        self._removers.discard(pid)
+        if (worker := self._workers.pop(pid, None)) is not None:
+            self._ended.append(_Ended(worker[0], status, worker[1], time.monotonic() + _SWEEP_S))
+            self._swept = False
+
+    def _sweep(self) -> None:
+        """Kill orphans for a slice of time, and report the workers of which nothing is left."""
+        self._swept = reaper.end_orphans(self._is_ours, _SLICE_S, self._on_end)
+        while self._ended and (self._swept or self._ended[0].told_by_s <= time.monotonic()):
+            worker = self._ended.popleft()
+            self._tell(wire.Exited(worker.token, worker.status), [])
+            self._littered.append(worker.scratch)
+
+    def _is_ours(self, pid: int) -> bool:
+        return pid in self._workers or pid in self._removers
+
+    def _tidy(self) -> None:
+        """Delete scratch folders, each in a child: a plugin may have put a million files there."""
+        while self._littered:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
+                pid = os.fork()
+            except OSError:  # as above: there will be one again
                 return
             if pid == 0:
-                return
-            self._removers.discard(pid)
-            if (worker := self._workers.pop(pid, None)) is not None:
-                token, scratch = worker
-                self._kill_orphans()
-                self._tell(wire.Exited(token, status), [])
-                self._remove(scratch)
-
-    def _kill_orphans(self) -> None:
-        """Kill every child that is not a worker, and what lands here when those die, until there is none."""
-        deadline = time.monotonic() + _SWEEP_S
-        while time.monotonic() < deadline:
-            orphans = [
-                pid for pid in proc.children(os.getpid()) if pid not in self._workers and pid not in self._removers
-            ]
-            if not orphans:
-                self._swept = True
-                return
-            for pid in orphans:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for pid in orphans:
-                with contextlib.suppress(ChildProcessError):
-                    while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
-                        time.sleep(0.0005)
-        self._swept = False
-
-    def _remove(self, folder: Path) -> None:
-        """Delete a scratch folder in a child, because a plugin may have put a million files there."""
-        pid = os.fork()
-        if pid:
+                try:
+                    trees.remove_tree(self._littered[0])  # the engine tells what stays
+                finally:
+                    os._exit(0)
             self._removers.add(pid)
-            return
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os._exit(0)
+            self._littered.popleft()
 
     def _leave_nothing(self) -> None:
-        """The engine is gone: so must be every process below us and every scratch folder."""
-        self._workers.clear()
-        self._kill_orphans()
-        shutil.rmtree(self._scratch_root, ignore_errors=True)
+        """Every process below us ends; the scratch folders go with the engine, which else removes them."""
+        reaper.end_orphans(lambda _: False, _SWEEP_S, lambda *_: None)
+        if reaper.peer_is_gone(self._control):
+            trees.remove_tree(self._scratch_root)
+
+
+def _enter_cgroup(procs_fd: int) -> OSError | None:
+    """Move this process, and so everything it will start. Why the kernel refused, if it did."""
+    try:
+        os.write(procs_fd, b"0\n")  # whoever writes it
+    except OSError as exc:
+        return OSError(exc.errno, f"it may not enter its cgroup: {exc.strerror}")
+    return None
