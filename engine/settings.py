@@ -44,6 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     # Data
     data_dir: Path = msgspec.field(default_factory=default_data_dir)  # the event log, the audit, scratch folders
+    hidden: tuple[Path, ...] = ()  # more files and folders that plugins do not see, such as another engine's data
 
     retain_events: Count = 1_000_000  # of these latest events calls and log lines are kept (about 400 MB)
     retain_days: Annotated[float, Meta(gt=0)] | None = None  # older calls and log lines go too
@@ -56,11 +57,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     token_file: Path | None = None  # more tokens, as digests, each with a role; see `holdfast token`
     max_body_bytes: Count = 1024 * 1024 * 1024  # an upload
     max_json_bytes: Count = 64 * 1024 * 1024  # a JSON body
+    max_uploads_bytes: Count = 16 * 1024 * 1024 * 1024  # files of all uploads that are there at the same time
+    max_pending_bytes: Count = 512 * 1024 * 1024  # JSON bodies and forms' text of all calls, until they have ended
+    max_connections: Count = 1024  # beyond them, only health is answered; fewer where descriptors do not suffice
+    max_streams: Count = 256  # event streams and NDJSON answers at the same time
+    request_head_s: Seconds = 10.0  # for the head of a request to be complete
+    idle_connection_s: Seconds = 75.0  # a connection is kept open between two requests
+    min_body_bytes_per_s: Count = 500  # of a body; a sender that is slower over `stream_stall_s` is refused
 
     # Sandbox
     max_result_bytes: Count = 256 * 1024 * 1024  # a result; all items together where they are collected
     arena_bytes: Annotated[int, Meta(ge=65_536)] = 256 * 1024 * 1024  # per worker and direction; sparse
-    start_concurrency: Count = 8  # plugins that start at the same time
+    start_concurrency: Count | None = None  # plugins that start at the same time; none: one per processor
     stop_grace_s: Annotated[float, Meta(ge=0, le=86_400)] = 2.0  # for a healthy worker to end by itself
     memory_interval_s: Seconds = 0.1  # between two looks at the workers' memory
     log_lines_per_s: Annotated[float, Meta(gt=0, le=1e9)] = 100.0  # captured output per worker that becomes events
@@ -102,6 +110,8 @@ def load(
     """
     values = _from_file(file)
     values.update(_from_env(env))
+    if file is not None:  # there may be a token in it
+        values["hidden"] = (*values.get("hidden", ()), file)
     for name, value in (flags or {}).items():
         source = f"flag {_FLAGS.get(name, '--' + name.replace('_', '-'))}"
         _check_known(name, source, name)

@@ -26,6 +26,7 @@ from events.retention import LET_GO
 
 RECORD_BYTES = 1024  # that the bound on the ring's memory allows a record on average
 BATCH_LIMIT = 1000  # records in one batch of a cursor
+BATCH_BYTES = 256 * 1024  # of JSON in one batch, or one record: what each of many slow readers holds
 
 _sequence = attrgetter("sequence")
 
@@ -202,6 +203,16 @@ class Wakeups:
                     del self._loops[loop]
 
 
+def _bounded(page: Page) -> Page:
+    """As many of a page's records as make a batch."""
+    left_bytes = BATCH_BYTES
+    for index, record in enumerate(page.records):
+        left_bytes -= len(record.json)
+        if left_bytes < 0 and index > 0:
+            return Page(page.records[:index], page.records[index - 1].end)
+    return page
+
+
 class Cursor(AsyncIterator[list[Record]]):
     """Batches of records after a number: what is stored first, then each batch as it becomes durable.
 
@@ -218,6 +229,7 @@ class Cursor(AsyncIterator[list[Record]]):
         self._wakeups = wakeups
         self._chosen = chosen
         self._stopped = False
+        self._limit = BATCH_LIMIT // 8  # of the next batch from the database: large records are not read in vain
 
     def __aiter__(self) -> Cursor:
         return self
@@ -243,10 +255,12 @@ class Cursor(AsyncIterator[list[Record]]):
         raise StopAsyncIteration
 
     async def _page(self) -> Page:
-        recent = self._log.read_recent(self.position, BATCH_LIMIT, self._chosen)
-        if recent is not None:
-            return recent
-        return await asyncio.to_thread(self._log.read_stored, self.position, BATCH_LIMIT, self._chosen)
+        page = self._log.read_recent(self.position, BATCH_LIMIT, self._chosen)
+        if page is None:
+            page = await asyncio.to_thread(self._log.read_stored, self.position, self._limit, self._chosen)
+            fits = len(_bounded(page).records) == len(page.records)
+            self._limit = min(BATCH_LIMIT, self._limit * 2) if fits else max(1, self._limit // 2)
+        return _bounded(page)
 
     async def aclose(self) -> None:
         """Iteration stops here."""

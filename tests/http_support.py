@@ -20,6 +20,7 @@ from support import settings_for, write_plugin
 
 from engine import Engine
 from engine.api.app import create_app
+from engine.api.server import Runner
 from engine.api.tokens import Tokens
 
 Client = TestClient[web.Request, web.Application]
@@ -137,8 +138,15 @@ async def client_of(engine: Engine, keys: dict[Any, Any] | None = None) -> Async
     app = create_app(engine, await asyncio.to_thread(Tokens, engine.settings))
     for key, value in (keys or {}).items():
         app[key] = value
-    async with TestClient(TestServer(app)) as client:
+    async with TestClient(_Server(app)) as client:
         yield client
+
+
+class _Server(TestServer):
+    """Runs the application as `serve` does."""
+
+    async def _make_runner(self, **options: Any) -> Runner:
+        return Runner(self.app, **options)
 
 
 def form(files: dict[str, tuple[str, bytes]], **texts: str) -> aiohttp.FormData:
@@ -258,12 +266,17 @@ async def server_process(root: Path, data_dir: Path, **changes: Any) -> AsyncIte
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": _ROOT},
     )
+    log: asyncio.Task[bytes] | None = None
     try:
         assert process.stdout is not None
-        url = (await process.stdout.readline()).decode().strip()
-        assert url.startswith("http://"), "the server did not come up"
-        yield ServerProcess(process, url)
+        while (line := await process.stdout.readline()) and not line.startswith(b"http://"):
+            pass  # of its own log
+        assert line, "the server did not come up"
+        log = asyncio.create_task(process.stdout.read())  # a full pipe would hold the server up
+        yield ServerProcess(process, line.decode().strip())
     finally:
         if process.returncode is None:
             process.kill()
         await process.wait()
+        if log is not None:
+            await log

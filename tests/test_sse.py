@@ -6,7 +6,9 @@ import asyncio
 import json
 from pathlib import Path
 
+import psutil
 import pytest
+from client_support import Address, connect, hang_up
 from http_support import (
     Lab,
     ServerSent,
@@ -243,6 +245,41 @@ async def test_a_reader_that_leaves_is_forgotten(plugins: Path, data_dir: Path) 
             assert (await reader.readline()).split()[1] == b"200"
         await until(lambda: not connections(lab))
         assert not lab.http.app[STREAMS]._waits
+
+
+async def test_slow_readers_cost_neither_memory_nor_a_fast_reader(plugins: Path, data_dir: Path) -> None:
+    """200 readers that take nothing, while 80 MB go by: each is a number, one batch, and what its socket holds."""
+    write_honest(plugins)
+    async with serving(plugins, data_dir, max_streams=256) as lab:
+        address = Address("127.0.0.1", lab.http.port or 0)
+        line = "x" * 10_000
+        for _ in range(2000):  # for those who replay
+            lab.engine.bus.publish(PluginLog("output", "info", line), "honest")
+        assert await asyncio.to_thread(lab.engine.log.flush, 20)
+        before = psutil.Process().memory_info().rss
+        for _ in range(200):
+            reader, writer = await connect(address, limit=1024, receive_bytes=4096)
+            writer.write(b"GET /v1/events?after=0 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert (await reader.readline()).split()[1] == b"200"
+        assert lab.http.app[STREAMS].open == 200
+        async with lab.http.get("/v1/events") as response:
+            events = sent_events(response)
+            memory: list[int] = []
+            for _ in range(80):
+                after = lab.engine.bus.last
+                for _ in range(100):
+                    lab.engine.bus.publish(PluginLog("output", "info", line), "honest")
+                started_s = asyncio.get_running_loop().time()
+                while (await anext(events)).id < after + 100:
+                    pass
+                assert asyncio.get_running_loop().time() - started_s < 5
+                memory.append(psutil.Process().memory_info().rss)
+            assert (await lab.get("/v1/plugins/honest/health"))[0] == 200
+        grown_mib = [(one - before) / 2**20 for one in memory]
+        assert max(grown_mib) < 250, grown_mib  # 200 batches, and the log's own ring
+        assert grown_mib[-1] - grown_mib[len(memory) // 2] < 40, grown_mib
+        await hang_up()
+        await until(lambda: lab.http.app[STREAMS].open == 0)
 
 
 async def test_many_readers_see_the_same(plugins: Path, data_dir: Path) -> None:

@@ -10,25 +10,40 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 from aiohttp import web
 
+from engine import descriptors
+from engine.api.budget import Budget
 from engine.api.errors import JSON_TYPE
 from engine.api.guard import is_loopback, middleware
-from engine.api.keys import BACKGROUND, ENGINE, KEEP_ALIVE_S, STALL_S, STREAMS, Background, Streams
+from engine.api.keys import (
+    BACKGROUND,
+    ENGINE,
+    KEEP_ALIVE_S,
+    PENDING,
+    STALL_S,
+    STREAMS,
+    UPLOADED,
+    Background,
+    Streams,
+)
 from engine.api.openapi import Answer, Route, document
 from engine.api.routes import ROUTES
+from engine.api.server import Runner
 from engine.api.tokens import Tokens
 from engine.engine import VERSION, Engine
 from engine.errors import SetupError
+from engine.sandbox import priority
 from engine.settings import Settings
 
 log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_DEFAULT_S = 15.0
-_KEEP_OPEN_S = 75.0  # for a connection between two requests
 _FINISH_S = 5.0  # for answers that are still going out when the engine has closed
 _BACKLOG = 1024
 
@@ -62,9 +77,13 @@ def create_app(engine: Engine, tokens: Tokens) -> web.Application:
     app = web.Application(middlewares=[middleware(engine, tokens, {(r.method, r.path): r.role for r in routes})])
     app[ENGINE] = engine
     app[BACKGROUND] = Background()
-    app[STREAMS] = Streams()
+    settings = engine.settings
+    app[STREAMS] = Streams(settings.max_streams)
+    # One call alone may always have what its own limit allows.
+    app[PENDING] = Budget(max(settings.max_pending_bytes, settings.max_json_bytes), "max_pending_bytes")
+    app[UPLOADED] = Budget(max(settings.max_uploads_bytes, settings.max_body_bytes), "max_uploads_bytes")
     app[KEEP_ALIVE_S] = KEEP_ALIVE_DEFAULT_S
-    app[STALL_S] = engine.settings.stream_stall_s
+    app[STALL_S] = settings.stream_stall_s
     app[_DOCUMENT] = document(routes, VERSION)
     for route in routes:
         app.router.add_route(route.method, route.path, route.handler)
@@ -97,6 +116,9 @@ async def serve(settings: Settings, *, announce: Announce | None = None, settled
     Raises:
         SetupError: it cannot start as asked; one line, with the next step.
     """
+    descriptors.raise_limit()
+    await asyncio.to_thread(priority.set_nice, priority.SERVER_NICE)
+    await _start_threads()
     tokens = await asyncio.to_thread(Tokens, settings)
     with contextlib.closing(await asyncio.to_thread(bind, settings)) as listener:
         engine = Engine(settings)
@@ -104,13 +126,8 @@ async def serve(settings: Settings, *, announce: Announce | None = None, settled
             await engine.open()
             async with contextlib.AsyncExitStack() as stack:
                 stack.push_async_callback(engine.close)
-                runner = web.AppRunner(
-                    create_app(engine, tokens),
-                    access_log=None,
-                    handler_cancellation=True,
-                    shutdown_timeout=_FINISH_S,
-                    keepalive_timeout=_KEEP_OPEN_S,
-                )
+                app = create_app(engine, tokens)
+                runner = Runner(app, handler_cancellation=True, shutdown_timeout=_FINISH_S)
                 await runner.setup()
                 await web.SockSite(runner, listener, backlog=_BACKLOG).start()
                 # The server answers on while the engine drains: calls in flight get their answers, new ones 503.
@@ -120,6 +137,14 @@ async def serve(settings: Settings, *, announce: Announce | None = None, settled
                     announce(engine, _url(settings, listener))
                 await _until_stopped(engine, settled, stop)
     return 0
+
+
+async def _start_threads() -> None:
+    """Have the threads for blocking work while there are some to be had: a plugin may take the last."""
+    count = min(32, (os.cpu_count() or 1) + 4)
+    together = threading.Barrier(count)  # so that each takes a thread of its own
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(count, "holdfast"))
+    await asyncio.gather(*(asyncio.to_thread(together.wait) for _ in range(count)))
 
 
 async def _until_stopped(engine: Engine, settled: Settled | None, stop: asyncio.Event) -> None:

@@ -2,13 +2,14 @@
 
 JSON is not decoded here: the worker does it, with the tool's type hints at hand. A form becomes a MessagePack
 map of text and `FilePart`s; its files lie in a folder of the request's own until the call has ended.
+
+What one body may be is in `BodyLimits`; what all of them together may hold, in memory and on disk, in `Budget`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 import uuid
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -17,9 +18,13 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from aiohttp import BodyPartReader, MultipartReader, StreamReader, web
 
+from engine.api.budget import Share
+from engine.api.errors import Problem
 from engine.errors import ReasonCode
+from engine.sandbox.launcher import remove
 from engine.sandbox.values import FilePart, encode
 from engine.sandbox.wire import MAX_FRAME_BYTES, Encoded
+from engine.settings import Settings
 
 T = TypeVar("T")
 
@@ -29,8 +34,10 @@ _WRITE_BYTES = 1024 * 1024  # handed to a thread at once
 _MAX_PARTS = 256
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9._-]")
 _MAX_NAME = 100
+_PART_BYTES = 4096  # of memory that a part takes, about, whatever is in it
 _MAX_LINES = 20_000  # of preamble and part headers: what lies inside of a part is not read by the line
 _PLAIN = ("binary", "8bit", "7bit")
+_FLEETING_BYTES = 64 * 1024  # in memory; less is not worth a task that outlives its request
 
 
 class BodyRefused(Exception):
@@ -49,21 +56,56 @@ class BodyLimits(NamedTuple):
 
     json_bytes: int  # arguments that travel in one frame: a JSON body, or a form's text
     body_bytes: int  # a form with its files
-    stall_s: float  # a sender that sends nothing for so long is refused
+    stall_s: float  # a sender that we wait for so long, and that sent less than `stall_bytes`, is refused
+    stall_bytes: float
 
     @classmethod
-    def of(cls, max_json_bytes: int, max_body_bytes: int, stall_s: float) -> BodyLimits:
+    def of(cls, settings: Settings, stall_s: float) -> BodyLimits:
         """The limits from the settings, and those of the wire."""
-        return cls(min(max_json_bytes, MAX_FRAME_BYTES - _FRAME_ROOM_BYTES), max_body_bytes, stall_s)
+        json_bytes = min(settings.max_json_bytes, MAX_FRAME_BYTES - _FRAME_ROOM_BYTES)
+        return cls(json_bytes, settings.max_body_bytes, stall_s, stall_s * settings.min_body_bytes_per_s)
+
+
+class _Sender:
+    """Waits for a body while it comes fast enough; time in which nobody waits for it does not count."""
+
+    def __init__(self, content: StreamReader, limits: BodyLimits) -> None:
+        self._content = content
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._waited_s = 0.0
+        self._from_bytes = content.total_bytes
+
+    async def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which reads the body. Raises BodyRefused: 408, it comes too slowly."""
+        stall_s = self._limits.stall_s
+        began_s = self._loop.time()
+        try:
+            async with asyncio.timeout(max(0.0, stall_s - self._waited_s)):
+                return await work
+        except TimeoutError:
+            text = f"the body stopped coming, or came too slowly for {stall_s:g} s; send it again"
+            raise BodyRefused(408, ReasonCode.BAD_INPUT, "BodyStalled", text) from None
+        finally:
+            self._waited_s += self._loop.time() - began_s
+            if self._content.total_bytes - self._from_bytes >= self._limits.stall_bytes:
+                self._waited_s, self._from_bytes = 0.0, self._content.total_bytes
 
 
 class Spool:
     """The files of one request, each in a folder of its own, so that no two names meet.
 
     A name that comes with a file is kept for the messages that mention it, less all that is not plain.
+
+    Args:
+        root: where the request's own folder is made.
+        memory: its share of what all requests may hold in memory.
+        disk: and on disk.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, memory: Share, disk: Share) -> None:
+        self.memory = memory
+        self.disk = disk
         self._folder = root / uuid.uuid4().hex
         self._count = 0
 
@@ -74,14 +116,20 @@ class Spool:
         return _File(self._folder / str(self._count) / (plain or "file"))
 
     @property
-    def used(self) -> bool:
-        """Whether there may be something to remove."""
-        return self._count > 0
+    def lasting(self) -> bool:
+        """Whether there is something to remove or to give back when the call has ended."""
+        return self._count > 0 or self.memory.held_bytes > _FLEETING_BYTES
 
     async def remove(self) -> None:
         """Remove all of it, if anything was kept."""
-        if self.used:
-            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        if self._count > 0:
+            await asyncio.to_thread(remove, self._folder)
+        self.release()
+
+    def release(self) -> None:
+        """Give back the shares."""
+        self.memory.release()
+        self.disk.release()
 
 
 class _File:
@@ -112,6 +160,7 @@ async def read_arguments(request: web.Request, limits: BodyLimits, spool: Spool)
 
     Raises:
         BodyRefused: 413 too large, 415 a content type we do not take, 422 malformed, 408 the sender stalled.
+        Problem: 503 all requests together hold too much.
         OSError: a file could not be kept; or, as ConnectionError, the caller is gone.
     """
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -123,13 +172,15 @@ async def read_arguments(request: web.Request, limits: BodyLimits, spool: Spool)
     if "Content-Type" in request.headers and request.content_type != "application/json":
         text = f"`{request.content_type}` is not taken; send application/json or multipart/form-data"
         raise _unsupported(text)
-    return Encoded("json", await _read_json(request, limits) or b"{}")
+    return Encoded("json", await _read_json(request, limits, spool) or b"{}")
 
 
-async def _read_json(request: web.Request, limits: BodyLimits) -> bytes:
+async def _read_json(request: web.Request, limits: BodyLimits, spool: Spool) -> bytes:
     _check_size(request.content_length, limits.json_bytes)
+    sender = _Sender(request.content, limits)
     body = bytearray()
-    while chunk := await _patiently(request.content.readany(), limits.stall_s):
+    while chunk := await sender.wait(request.content.readany()):
+        spool.memory.take(len(chunk))
         body += chunk
         _check_size(len(body), limits.json_bytes)
     return bytes(body)
@@ -139,7 +190,7 @@ async def _read_form(request: web.Request, limits: BodyLimits, spool: Spool) -> 
     _check_size(request.content_length, limits.body_bytes)
     try:
         return Encoded("form", encode(await _read_parts(request, limits, spool), None))
-    except (BodyRefused, OSError):
+    except (BodyRefused, Problem, OSError):
         raise
     except Exception as exc:  # aiohttp's reader raises whatever its parser stumbled over
         raise _malformed(f"the form cannot be read: {exc or type(exc).__name__}") from exc
@@ -169,7 +220,8 @@ async def _read_parts(request: web.Request, limits: BodyLimits, spool: Spool) ->
     reader = MultipartReader(request.headers, cast(StreamReader, _Lines(request.content)))
     fields: dict[str, str | FilePart] = {}
     text_bytes = 0
-    while (part := await _patiently(reader.next(), limits.stall_s)) is not None:
+    sender = _Sender(request.content, limits)
+    while (part := await sender.wait(reader.next())) is not None:
         _check_size(request.content.total_bytes, limits.body_bytes)
         if not isinstance(part, BodyPartReader) or not part.name:
             raise _malformed("a part of the form has no name; send each argument as a part of its own")
@@ -180,32 +232,37 @@ async def _read_parts(request: web.Request, limits: BodyLimits, spool: Spool) ->
             raise _malformed(f"the form has more than {_MAX_PARTS} parts")
         if part.headers.get("Content-Transfer-Encoding", "binary").lower() not in _PLAIN:
             raise _malformed(f"argument `{name}`: an encoded part is not taken; send its bytes as they are")
+        if part.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise _malformed(f"argument `{name}`: a packed part is not taken; send its bytes as they are")
+        spool.memory.take(len(name) + _PART_BYTES)
         if part.filename is not None:
-            fields[name] = await _keep(request, part, part.filename, limits, spool)
+            fields[name] = await _keep(request, part, sender, limits, spool)
         else:
-            text = await _read_text(part, limits, limits.json_bytes - text_bytes)
+            text = await _read_text(part, sender, limits.json_bytes - text_bytes, spool)
             text_bytes += len(text)
             fields[name] = text.decode()
     return fields
 
 
-async def _read_text(part: BodyPartReader, limits: BodyLimits, left_bytes: int) -> bytes:
+async def _read_text(part: BodyPartReader, sender: _Sender, left_bytes: int, spool: Spool) -> bytes:
     text = bytearray()
-    while chunk := await _patiently(part.read_chunk(_CHUNK_BYTES), limits.stall_s):
+    while chunk := await sender.wait(part.read_chunk(_CHUNK_BYTES)):
+        spool.memory.take(len(chunk))
         text += chunk
         _check_size(len(text), left_bytes, "the form's text")
     return bytes(text)
 
 
 async def _keep(
-    request: web.Request, part: BodyPartReader, filename: str, limits: BodyLimits, spool: Spool
+    request: web.Request, part: BodyPartReader, sender: _Sender, limits: BodyLimits, spool: Spool
 ) -> FilePart:
     """Write a file part to disk, in a thread and never more than a little behind what came."""
-    file = spool.file(filename)
+    file = spool.file(part.filename or "")
     pending = bytearray()
     try:
-        while chunk := await _patiently(part.read_chunk(_CHUNK_BYTES), limits.stall_s):
+        while chunk := await sender.wait(part.read_chunk(_CHUNK_BYTES)):
             _check_size(request.content.total_bytes, limits.body_bytes)
+            spool.disk.take(len(chunk))
             pending += chunk
             if len(pending) >= _WRITE_BYTES:
                 await asyncio.to_thread(file.write, pending, False)
@@ -215,15 +272,6 @@ async def _keep(
         await asyncio.to_thread(file.close)
         raise
     return FilePart(str(file.path))
-
-
-async def _patiently(work: Coroutine[Any, Any, T], stall_s: float) -> T:
-    try:
-        async with asyncio.timeout(stall_s):
-            return await work
-    except TimeoutError:
-        text = f"the body stopped coming for {stall_s:g} s; send it again"
-        raise BodyRefused(408, ReasonCode.BAD_INPUT, "BodyStalled", text) from None
 
 
 def _check_size(size_bytes: int | None, limit_bytes: int, what: str = "the body") -> None:

@@ -17,6 +17,7 @@ from engine.errors import ReasonCode
 
 JSON_TYPE = "application/json"
 REQUEST_ID = "X-Request-Id"
+RETRY_AFTER_S = 1  # places become free at any moment
 
 _MAX_REQUEST_ID = 128
 _encoder = msgspec.json.Encoder()
@@ -59,6 +60,11 @@ def bad_input(error: str) -> Problem:
     return Problem(422, error, ReasonCode.BAD_INPUT)
 
 
+def busy(error: str) -> Problem:
+    """503: there is no room for this now, but soon may be."""
+    return Problem(503, error, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
 def status_code_name(status: int) -> str:
     """`404` → `not_found`."""
     return HTTPStatus(status).phrase.lower().replace(" ", "_").replace("-", "_")
@@ -87,6 +93,22 @@ def error_response(request: web.BaseRequest, problem: Problem) -> web.Response:
     body = _encoder.encode(ErrorBody(printable(problem.error), problem.reason_code, request_id))
     headers = {**problem.headers, REQUEST_ID: request_id}
     return web.Response(status=problem.status, body=body, content_type=JSON_TYPE, headers=headers)
+
+
+def raw_answer(problem: Problem) -> bytes:
+    """The same answer as bytes, for a connection on which no request is there yet. It ends the connection."""
+    request_id = uuid.uuid4().hex
+    body = _encoder.encode(ErrorBody(printable(problem.error), problem.reason_code, request_id))
+    headers = {
+        "Content-Type": JSON_TYPE,
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        REQUEST_ID: request_id,
+        **problem.headers,
+    }
+    lines = (f"{name}: {value}" for name, value in headers.items())
+    head = "\r\n".join((f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}", *lines, "", ""))
+    return head.encode("ascii") + body
 
 
 def printable(text: str) -> str:

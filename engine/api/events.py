@@ -101,11 +101,12 @@ async def _stream(request: web.Request, chosen: Filter) -> web.StreamResponse:
         after = _number("after", request.query["after"]) if "after" in request.query else None
     if streams.stopping or engine.log.closed:
         raise Problem(503, "the engine is stopping; follow the next one", ReasonCode.ENGINE_STOPPING)
-    cursor = engine.log.subscribe(after, subjects=chosen.subjects, types=chosen.types)
-    outlet = Outlet(request, SSE_TYPE, request.app[STALL_S], {"Cache-Control": "no-store"})
-    async with outlet:
-        await outlet.send(_RETRY)
-        await _follow(request, cursor, outlet)
+    with streams.place():
+        cursor = engine.log.subscribe(after, subjects=chosen.subjects, types=chosen.types)
+        outlet = Outlet(request, SSE_TYPE, request.app[STALL_S], {"Cache-Control": "no-store"})
+        async with outlet:
+            await outlet.send(_RETRY)
+            await _follow(request, cursor, outlet)
     return outlet.response
 
 

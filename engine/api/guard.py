@@ -3,6 +3,7 @@
 Host    a name of this machine's loopback, or the one we bind to   421: DNS rebinding
 Origin  absent, or the very host that is asked                     403: another site's page
 token   `Authorization: Bearer`, where there are tokens            401; 403 where its role is not enough
+place   a connection beyond the limit may only read health         503
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from engine.api.errors import Problem, error_response
+from engine.api.connections import Connection
+from engine.api.errors import Problem, busy, error_response
 from engine.api.tokens import Role, Tokens
 from engine.engine import Engine
 from engine.errors import ReasonCode, UnknownPlugin
@@ -26,6 +28,7 @@ Roles: TypeAlias = Mapping[tuple[str, str], Role]
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 # For a probe: they tell one bit, and only without `?verbose`.
 _OPEN_PATHS = ("/livez", "/readyz")
+_LONG_READS = ("/v1/events", "/v1/plugins/{name}/crashes")  # these wait, or read the disk
 
 
 def is_loopback(host: str) -> bool:
@@ -65,18 +68,31 @@ class Guard:
         if self._tokens.required and not (request.path in _OPEN_PATHS and "verbose" not in request.query):
             method = "GET" if request.method == "HEAD" else request.method
             self._check_token(request, self._roles.get((method, _route_of(request)), Role.READ))
+        if is_crowded(request) and not _is_short(request):
+            raise busy("all connections of this server are at work; retry, or raise `max_connections`")
 
     def _check_token(self, request: web.Request, needed: Role) -> None:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         token = self._tokens.find(given.strip()) if scheme.lower() == "bearer" else None
         if token is None:
             text = "a token is needed; send one of the server's in the header `Authorization: Bearer <token>`"
+            if given:
+                text = "the server does not know this token; send another, or restart the server if it is new"
             raise Problem(401, text, headers={"WWW-Authenticate": 'Bearer realm="holdfast"'})
         if not token.role.includes(needed):
             text = (
                 f"the token `{token.name}` may {token.role.value}, this needs `{needed.value}`; use another token"
             )
             raise Problem(403, text)
+
+
+def is_crowded(request: web.Request) -> bool:
+    """Whether the request came over a connection beyond the limit."""
+    return isinstance(request.protocol, Connection) and request.protocol.crowded
+
+
+def _is_short(request: web.Request) -> bool:
+    return request.method in ("GET", "HEAD") and _route_of(request) not in _LONG_READS
 
 
 def _hostname(host: str) -> str:
@@ -106,6 +122,12 @@ def middleware(engine: Engine, tokens: Tokens, roles: Roles) -> Middleware:
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await answered(request, handler)
+        if is_crowded(request):
+            response.force_close()
+        return response
+
+    async def answered(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             guard.check(request)
             return await handler(request)

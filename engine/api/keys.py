@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from aiohttp import web
 
+from engine.api.budget import Budget
+from engine.api.errors import busy
 from engine.engine import Engine
 
 T = TypeVar("T")
@@ -37,11 +40,30 @@ class Background:
 
 
 class Streams:
-    """The open event streams: so that stopping can wake and end them."""
+    """The open streams: so many and no more; stopping can wake and end those of events."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         self.stopping = False
+        self.open = 0
+        self._limit = limit
         self._waits: set[asyncio.Timeout] = set()
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A stream's place, for as long as it is open.
+
+        Raises:
+            Problem: 503, all places are taken.
+        """
+        if self.open >= self._limit:
+            raise busy(
+                f"all {self._limit} streams of this server are open; close one, or raise `max_streams`, then retry"
+            )
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
 
     def stop(self) -> None:
         """End every stream that waits, and let none begin to wait."""
@@ -68,5 +90,7 @@ class Streams:
 ENGINE = web.AppKey("engine", Engine)
 BACKGROUND = web.AppKey("background", Background)
 STREAMS = web.AppKey("streams", Streams)
+PENDING = web.AppKey("pending", Budget)  # arguments in memory
+UPLOADED = web.AppKey("uploaded", Budget)  # files of forms
 KEEP_ALIVE_S = web.AppKey("keep_alive_s", float)  # between two signs of life on an event stream
 STALL_S = web.AppKey("stall_s", float)  # a reader or sender whose socket moves nothing for so long is dropped

@@ -58,7 +58,7 @@ class Route(NamedTuple):
 
 # What any route may answer, whatever it does.
 COMMON = (
-    Answer(400, "No valid HTTP.", {"text/plain": _TEXT, JSON_TYPE: ErrorBody}),
+    Answer(400, "No valid HTTP; the connection ends."),
     Answer(401, "The token is missing or wrong.", headers=("WWW-Authenticate",)),
     Answer(403, "The request comes from a page of another site, or its token does not allow it."),
     Answer(421, "`Host` is not this server: DNS rebinding."),

@@ -51,15 +51,19 @@ _RUN_ANSWERS = (
         headers=("X-Request-Id",),
     ),
     Answer(404, "There is no such plugin or tool; names the nearest.", _FAILED),
-    Answer(408, "The body stopped coming.", _FAILED),
+    Answer(408, "The body stopped coming, or came too slowly.", _FAILED),
     Answer(413, "The body is too large, or a streaming tool's items are too many for one value.", _FAILED),
-    Answer(415, "The content type is neither JSON nor a form.", _FAILED),
+    Answer(415, "The content type is neither JSON nor a form, or the body is packed.", _FAILED),
     Answer(
         422, "Bad input: names the argument, what it wants and what came.", {JSON_TYPE: (FailedCall, ErrorBody)}
     ),
     Answer(429, "Too many calls wait for this plugin.", _FAILED, headers=("Retry-After",)),
     Answer(502, "The plugin broke on this call, and is FAILED now.", _FAILED),
-    Answer(503, "The plugin is not in service, with its reason.", {JSON_TYPE: (FailedCall, ErrorBody)}),
+    Answer(
+        503,
+        "The plugin is not in service, with its reason; or the server has no room now, with `Retry-After`.",
+        {JSON_TYPE: (FailedCall, ErrorBody)},
+    ),
     Answer(504, "The tool ran past its deadline, and the plugin is FAILED now.", _FAILED),
 )
 # An object of the tool's arguments by name; each tool's own JSON Schema is in the plugin's description.
@@ -103,7 +107,11 @@ ROUTES = (
         plugins.crashes,
         "plugin_crashes",
         "How a plugin's workers died, with the evidence; the newest first.",
-        (Answer(200, "Its crash bundles; none is an empty array.", {JSON_TYPE: list[Crash]}), _UNKNOWN),
+        (
+            Answer(200, "Its crash bundles; none is an empty array.", {JSON_TYPE: list[Crash]}),
+            _UNKNOWN,
+            Answer(503, "The server's connections are all at work; retry."),
+        ),
         (_NAME,),
     ),
     Route(
@@ -126,7 +134,7 @@ ROUTES = (
         (
             Answer(200, "Its health, once it has settled.", {JSON_TYPE: Health}),
             _UNKNOWN,
-            Answer(503, "The engine is stopping."),
+            Answer(503, "The engine is stopping, or the server's connections are all at work."),
         ),
         (_NAME,),
         role=Role.ADMIN,
@@ -140,7 +148,7 @@ ROUTES = (
         (
             Answer(200, "Events.", {events.SSE_TYPE: _TEXT, JSON_TYPE: events.EventPage}),
             Answer(422, "A bad number, or an unknown event type; names the nearest."),
-            Answer(503, "The event log cannot be read now, or the engine is stopping."),
+            Answer(503, "The event log cannot be read now, the engine is stopping, or all streams are open."),
         ),
         _FOLLOW,
         endless=True,

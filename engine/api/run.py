@@ -6,6 +6,7 @@ refused whatever the arguments? → body (spooled) → engine → outcome as JSO
 from __future__ import annotations
 
 import uuid
+from contextlib import nullcontext
 
 import structlog
 from aiohttp import web
@@ -13,14 +14,18 @@ from aiohttp import web
 from engine.api import ndjson
 from engine.api.answers import state_of, tell, told_response
 from engine.api.body import BodyLimits, BodyRefused, Spool, read_arguments
+from engine.api.budget import Share
+from engine.api.connections import Connection
 from engine.api.errors import given_request_id
-from engine.api.keys import BACKGROUND, ENGINE, STALL_S
+from engine.api.keys import BACKGROUND, ENGINE, PENDING, STALL_S, STREAMS, UPLOADED
 from engine.engine import Engine
 from engine.errors import ReasonCode
 from engine.outcome import Outcome, Refused
 from engine.sandbox.wire import Encoded
 
 log = structlog.get_logger(__name__)
+
+_STALLED = 408
 
 
 async def run(request: web.Request) -> web.StreamResponse:
@@ -31,7 +36,14 @@ async def run(request: web.Request) -> web.StreamResponse:
     # Before the body is read: nobody should send a gigabyte to learn that there is no such tool.
     if (refused := engine.refusal(plugin, tool, request_id)) is not None:
         return told_response(tell(refused, refused.state))
-    spool = Spool(engine.uploads)
+    with request.app[STREAMS].place() if ndjson.wanted(request) else nullcontext():
+        return await _answer(request, engine, plugin, tool, request_id)
+
+
+async def _answer(
+    request: web.Request, engine: Engine, plugin: str, tool: str, request_id: str
+) -> web.StreamResponse:
+    spool = Spool(engine.uploads, Share(request.app[PENDING]), Share(request.app[UPLOADED]))
     try:
         arguments = await _arguments(request, engine, spool)
     except BodyRefused as exc:
@@ -43,6 +55,8 @@ async def run(request: web.Request) -> web.StreamResponse:
             state=state_of(engine, plugin),
             request_id=request_id,
         )
+        if exc.status == _STALLED and isinstance(request.protocol, Connection):
+            request.protocol.hear_no_more()
         return told_response(tell(refused, refused.state), exc.status)
     except BaseException:
         request.app[BACKGROUND].start(spool.remove())
@@ -50,7 +64,8 @@ async def run(request: web.Request) -> web.StreamResponse:
     if ndjson.wanted(request):
         call = ndjson.Call(engine, plugin, tool, arguments, request_id)
         return await ndjson.answer(request, call, spool)
-    if not spool.used:
+    if not spool.lasting:
+        spool.release()
         outcome = await engine.run(plugin, tool, arguments, request_id=request_id)
     else:
         call_and_remove = _run(engine, plugin, tool, arguments, request_id, spool)
@@ -60,7 +75,7 @@ async def run(request: web.Request) -> web.StreamResponse:
 
 async def _arguments(request: web.Request, engine: Engine, spool: Spool) -> Encoded:
     settings = engine.settings
-    limits = BodyLimits.of(settings.max_json_bytes, settings.max_body_bytes, request.app[STALL_S])
+    limits = BodyLimits.of(settings, request.app[STALL_S])
     try:
         return await read_arguments(request, limits, spool)
     except ConnectionError:

@@ -225,7 +225,7 @@ def token(
         print(entry, file=sys.stderr)
     else:
         add(file, entry)
-        note(f"{name} may {role} now; its digest is in {file}")
+        note(f"{name} may {role} once the server is restarted; its digest is in {file}")
     print(made)
 
 
