@@ -14,7 +14,7 @@ comma := ,
 RUN_EXTRAS := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo vision-torch || echo vision)
 DEV_EXTRAS := vision-torch-dev
 
-.PHONY: help run test check docs bench-faults lock clean
+.PHONY: help run test check coverage docs bench bench-faults lock clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -32,9 +32,15 @@ check: $(VENV)/.ready-$(DEV_EXTRAS) ## lint, format, types, import directions
 	@set -e; for plugin in $(PLUGINS); do MYPYPATH=plugins/$$plugin $(VENV)/bin/mypy --strict plugins/$$plugin; done
 	@$(VENV)/bin/lint-imports
 
+coverage: $(VENV)/.ready-$(DEV_EXTRAS) ## what no test reaches of verdict and wire code; ARGS="tests/test_x.py" runs others
+	@PYTHONPATH=tests $(PY) -m branches $(ARGS)
+
 docs: $(VENV)/.ready-$(DEV_EXTRAS) ## write the pages that are made from the code
 	@$(PY) -m engine.lifecycle.diagram > docs/lifecycle.md
 	@$(PY) -m engine.settings_page > docs/settings.md
+
+bench: $(BENCH)/.ready ## speed, side by side with peers; ARGS="--quick --only http-run" passes more
+	@$(BENCH)/bin/python -m benchmarks.speed $(ARGS)
 
 bench-faults: $(BENCH)/.ready ## ten faults against Holdfast and its peers, side by side; ARGS="--fault segfaults" passes more
 	@$(BENCH)/bin/python -m benchmarks.faults $(ARGS)
@@ -62,5 +68,5 @@ $(BENCH)/.ready: benchmarks/requirements.txt $(LOCK) pyproject.toml
 	@echo "installing holdfast and its peers into $(BENCH)"
 	@test -x $(BENCH)/bin/python || sh .ci/venv $(BENCH)
 	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -r benchmarks/requirements.txt hatchling editables
-	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(LOCK) -e .
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(LOCK) -e '.[vision]'
 	@touch $@

@@ -48,3 +48,16 @@ def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.machine())
+
+
+def file_system(folder: Path) -> str:
+    """The kind of file system that a folder is on, such as `ext4`."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    # A later mount hides an earlier one at the same place.
+    over = [fields for fields in mounts if folder.resolve().is_relative_to(_unescaped(fields[1]))]
+    return max(enumerate(over), key=lambda found: (len(_unescaped(found[1][1])), found[0]))[1][2]
+
+
+def _unescaped(place: str) -> str:
+    """A mount point, in which spaces stand as octal numbers (fstab(5))."""
+    return place.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")

@@ -1,0 +1,79 @@
+"""How long starting takes, and what what was started weighs; beside starting a bare Python."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+import venv
+from pathlib import Path
+
+from benchmarks.probes import Plan
+from benchmarks.probes.hosting import check_in_service, hosting, run, settings, write_plain
+from benchmarks.probes.timing import async_latencies
+from benchmarks.stats import percentile
+from engine import Engine
+
+PLUGINS = 100
+_RESTARTS_S = 2.0
+_WARM_RESTARTS = 5
+
+
+def python(plan: Plan) -> dict[str, float]:
+    """`python -c pass`, a hundred times one after another (fewer where it is to be quick, and scaled)."""
+    # A new environment: whatever is installed in a used one may run at each start (`site`, .pth files).
+    venv.create(plan.folder / "bare", with_pip=False)
+    bare = plan.folder / "bare" / "bin" / "python"
+    times = round(plan.of(PLUGINS))
+    found = []
+    for _ in range(times):
+        started_s = time.perf_counter()
+        subprocess.run([bare, "-c", "pass"], check=True)
+        found.append(time.perf_counter() - started_s)
+    return {"p50_ms": percentile(found, 0.5) * 1e3, "hundred_s": sum(found) / times * PLUGINS}
+
+
+def worker(plan: Plan) -> dict[str, float]:
+    """`Engine.restart` of a trivial plugin: worker ended, manifest read again, the next one INITIALIZED."""
+    return run(_worker(plan))
+
+
+async def _worker(plan: Plan) -> dict[str, float]:
+    async with hosting(write_plain(plan.folder / "plugins", 1)) as engine:
+
+        async def restart(_: int) -> None:
+            health = await engine.restart("plain-0")
+            if health.state != "INITIALIZED":
+                raise RuntimeError(f"{health.state}: {health.reason}")
+
+        found = await async_latencies(restart, plan.of(_RESTARTS_S), _WARM_RESTARTS)
+    return {"p50_ms": percentile(found, 0.5) * 1e3, "p99_ms": percentile(found, 0.99) * 1e3}
+
+
+def engine(plan: Plan) -> dict[str, float]:
+    """A new engine with a hundred trivial plugins, until all are INITIALIZED; then what it and they weigh."""
+    return run(_engine(plan))
+
+
+async def _engine(plan: Plan) -> dict[str, float]:
+    folder = write_plain(plan.folder / "plugins", PLUGINS)
+    started_s = time.perf_counter()
+    async with Engine(settings(folder)) as host:
+        took_s = time.perf_counter() - started_s
+        check_in_service(host)
+        workers = [pss_mib(health.pid) for health in host.plugins() if health.pid is not None]
+        if len(workers) != PLUGINS:
+            raise RuntimeError(f"{len(workers)} workers, not {PLUGINS}")
+        return {
+            "start_s": took_s,
+            "worker_mib": percentile(workers, 0.5),
+            "heaviest_worker_mib": max(workers),
+            "engine_mib": pss_mib(os.getpid()),
+            "all_mib": sum(workers) + pss_mib(os.getpid()),
+        }
+
+
+def pss_mib(pid: int) -> float:
+    """Proportional set size: memory of its own, and its share of what it shares (proc(5))."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024

@@ -1,0 +1,1 @@
+"""What is called: plugins for Holdfast, functions of the same work for its peers."""
