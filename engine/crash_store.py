@@ -64,7 +64,7 @@ class CrashStore:
         if written.cancelled():
             _close(death)
         elif (exc := written.exception()) is not None:
-            log.error("crash_not_kept", plugin=plugin, error=f"{type(exc).__name__}: {exc}")
+            exc.add_note(f"(it was to keep a crash bundle of {plugin})")
             self._on_fault("crashes", exc)
 
     async def of(self, plugin: str) -> list[Crash]:

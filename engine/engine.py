@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import time
 import traceback
 import uuid
@@ -30,7 +29,9 @@ from engine.outcome import Outcome, Refused
 from engine.pulse import Pulse
 from engine.registry import Incarnation, PluginRegistry
 from engine.runner import ToolRunner
+from engine.sandbox import cgroup
 from engine.sandbox.containment import supported
+from engine.sandbox.launcher import remove
 from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.spawner import Spawner
 from engine.sandbox.wire import UPLOADS, Encoded
@@ -109,13 +110,20 @@ class Engine:
             )
             data_dir = settings.data_dir.absolute()
             await self._open_events(data_dir, stack)
-            self.scratch_root = data_dir / "scratch" / self.instance.rpartition("/")[2]
+            # Short: plugins put sockets below it (multiprocessing does), whose paths end at 108 bytes.
+            self.scratch_root = data_dir / "scratch" / self.instance.rpartition("/")[2][:8]
             self.uploads = self.scratch_root / UPLOADS
             await asyncio.to_thread(_remove_stale, self.scratch_root.parent)
             self._crashes = CrashStore(data_dir / "crashes", settings.crash_bundles, self.note_fault)
             stack.push_async_callback(self._crashes.close)
-            private = (data_dir, Path(CONFIG_FILE), settings.token_file)
-            self._spawner = Spawner(self.scratch_root, private=tuple(path for path in private if path is not None))
+            private = (data_dir, Path(CONFIG_FILE), settings.token_file, *settings.hidden)
+            hidden = tuple(path for path in private if path is not None)
+            adopted = await asyncio.to_thread(cgroup.adopt, self.scratch_root.name)
+            cgroups = adopted if isinstance(adopted, cgroup.Cgroups) else None
+            if cgroups is not None:
+                stack.push_async_callback(asyncio.to_thread, self._close_cgroups, cgroups)
+            self._cgroup = adopted.text()
+            self._spawner = Spawner(self.scratch_root, hidden, cgroups)
             stack.push_async_callback(self._spawner.close)
             stack.push_async_callback(self._cancel_tasks)
             self._watch = MemoryWatch(settings.memory_interval_s, self.note_fault)
@@ -178,6 +186,13 @@ class Engine:
         state = await asyncio.to_thread(self.log.close)
         if state.backlog:
             log.error("events_not_written", events=state.backlog, error=state.error)
+
+    def _close_cgroups(self, cgroups: cgroup.Cgroups) -> None:
+        try:
+            if not cgroups.close():
+                log.error("cgroup_not_removed", path=str(cgroups.group), why="a process in it does not die")
+        except OSError as exc:
+            log.error("cgroup_not_removed", path=str(cgroups.group), why=str(exc))
 
     async def _cancel_tasks(self) -> None:
         for task in list(self._tasks):
@@ -343,6 +358,7 @@ class Engine:
             Part("audit", audit.ok, audit.error or f"written up to {audit.last}"),
             Part("loop", True, f"{self._pulse.lag_s * 1000:.0f} ms late, blocked {self._pulse.blocks} times"),
             Part("sandbox", True, supported().text(self._spawner.exposed)),
+            Part("cgroup", True, self._cgroup),
             Part(
                 "faults",
                 True,
@@ -398,7 +414,10 @@ class Engine:
         """
         self.faults[name] = Fault.after(self.faults.get(name), f"{type(exc).__name__}: {exc}")
         # In a thread: to show a stack, its source files are read.
-        asyncio.get_running_loop().run_in_executor(None, _log_fault, name, exc)
+        try:
+            asyncio.get_running_loop().run_in_executor(None, _log_fault, name, exc)
+        except RuntimeError:  # none can be started; whoever reports a fault must not meet another
+            log.error("engine_fault", part=name, error=f"{type(exc).__name__}: {exc}")
 
 
 def _log_fault(name: str, exc: BaseException) -> None:
@@ -418,4 +437,12 @@ def _unusable(folder: Path, exc: OSError) -> SetupError:
 
 def _remove_stale(folder: Path) -> None:
     """Scratch folders of engines that are gone; their fork servers remove them, unless the machine went down."""
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        stale = list(folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as exc:  # where no scratch folder can be made either, a start says so
+        log.error("scratch_not_removed", folder=str(folder), first=[str(exc)])
+        return
+    for each in stale:
+        remove(each)

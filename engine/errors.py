@@ -37,6 +37,7 @@ class ReasonCode(StrEnum):
     TOOL_TIMEOUT = "tool_timeout"
     MEMORY_LIMIT = "memory_limit"
     PROCESS_LIMIT = "process_limit"
+    SCRATCH_LIMIT = "scratch_limit"
     WORKER_SIGNAL = "worker_signal"
     WORKER_EXIT = "worker_exit"
     PROTOCOL_ERROR = "protocol_error"

@@ -106,10 +106,15 @@ class AuditLog:
 
     def close(self) -> None:
         """Flush to the disk, let go of the file. Call it after the log's `close`, which writes its last batch."""
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock:
             self._closed = True
-            if self._fd >= 0:
+            if self._fd < 0:
+                return
+            try:
                 os.fsync(self._fd)
+            except OSError as exc:  # what the disk did not take is written again from the log at the next start
+                self._note(f"{self.path}: {exc}")
+            finally:
                 self._release()
 
     def _on_batch(self, batch: Batch) -> None:

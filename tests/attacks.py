@@ -94,6 +94,8 @@ ATTACKS: dict[str, Callable[[str], Any]] = {
     ),
     "nice": lambda pid: os.setpriority(os.PRIO_PROCESS, int(pid), os.getpriority(os.PRIO_PROCESS, int(pid))),
     "scheduler": lambda pid: os.sched_setscheduler(int(pid), os.SCHED_OTHER, os.sched_param(0)),
+    "oom_score": lambda pid: Path(f"/proc/{pid}/oom_score_adj").write_text("1000"),
+    "share": lambda pid: Path(f"/proc/{pid}/autogroup").write_text("19"),
     "read": _read,
     "write": _write,
     "make": lambda path: Path(path).mkdir(),

@@ -13,6 +13,7 @@ import msgspec
 import psutil
 
 from engine import Engine, Settings
+from engine.sandbox.channel import Channel
 from events.envelope import Event
 
 HONEST = """
@@ -90,6 +91,17 @@ async def until(condition: Any, timeout_s: float = 20.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0.005)
+
+
+def feed(channel: Channel, data: bytes) -> None:
+    """Bytes that arrive on a channel, as a transport hands them over."""
+    left = memoryview(data)
+    while left:
+        room = channel.get_buffer(-1)
+        count = min(len(room), len(left))
+        room[:count] = left[:count]
+        left = left[count:]
+        channel.buffer_updated(count)
 
 
 def descendants(pid: int | None = None) -> set[int]:

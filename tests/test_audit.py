@@ -334,6 +334,24 @@ def test_a_failed_write_is_counted_and_caught_up_and_the_log_goes_on(
     assert verify(rig.path, last=16).ok
 
 
+def test_an_end_that_the_disk_does_not_take_is_counted_and_named(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.calls(5)
+    own = rig.audit._fd
+
+    def broken(fd: int) -> None:
+        if fd == own:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    rig.close()
+    assert rig.audit.state.faults == 1
+    assert "Input/output error" in (rig.audit.state.error or "")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(own)
+
+
 def test_a_really_full_disk_does_not_disturb_the_log(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     folder.mkdir()

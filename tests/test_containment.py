@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import os
@@ -25,6 +26,7 @@ from engine.loader.manifest import read_manifest
 from engine.sandbox import wire
 from engine.sandbox.containment import Support, supported
 from engine.sandbox.verdict import failed_start
+from engine.settings import load as load_settings
 from engine.worker import contain, load, mounts
 
 CODE = Path(attacks.__file__).read_text()
@@ -68,11 +70,12 @@ async def engine(plugins: Path, data_dir: Path, secrets: Path) -> AsyncIterator[
 
 def victims(engine: Engine) -> dict[str, int]:
     """Processes that are none of the attacker's business."""
-    fork_server = engine._spawner._process
+    reaper, fork_server = engine._spawner.reaper_pid, engine._spawner.fork_server_pid
     honest = engine.health("honest").pid
+    assert reaper is not None
     assert fork_server is not None
     assert honest is not None
-    return {"engine": os.getpid(), "fork server": fork_server.pid, "another worker": honest}
+    return {"engine": os.getpid(), "reaper": reaper, "fork server": fork_server, "another worker": honest}
 
 
 def process_attacks(pid: int) -> dict[str, object]:
@@ -111,6 +114,15 @@ async def test_a_plugin_cannot_signal_trace_or_change_its_siblings(engine: Engin
     got = {what: await tries(engine, what, target) for what, target in process_attacks(pid).items()}
     assert got == dict.fromkeys(got, DENIED)
     assert (await engine.run("honest", "echo")).ok
+
+
+@pytest.mark.parametrize("victim", ["engine", "reaper", "fork server", "another worker"])
+async def test_a_plugin_cannot_have_the_kernel_end_or_starve_others_first(engine: Engine, victim: str) -> None:
+    pid = victims(engine)[victim]
+    score = await asyncio.to_thread(Path(f"/proc/{pid}/oom_score_adj").read_text)
+    for what in ("oom_score", "share"):
+        assert await tries(engine, what, pid) in ("OSError", "FileNotFoundError")  # read-only; not every kernel's
+    assert await asyncio.to_thread(Path(f"/proc/{pid}/oom_score_adj").read_text) == score
 
 
 @without_landlock
@@ -558,3 +570,18 @@ def test_what_the_kernel_cannot_do_by_default_is_said_in_one_line() -> None:
     assert "not prevented: signals to the engine (Landlock of Linux 6.12)" in old
     assert "reading the data folder: no mount namespace can be made here" in old
     assert Support(0, seccomp=False).missing() != Support(7, seccomp=True).missing() == []
+
+
+async def test_a_config_file_of_another_name_and_what_is_to_be_hidden_are_hidden_too(
+    plugins: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    write_plugin(plugins, "attacker", CODE, ["attempt"])
+    config, secret = tmp_path / "engine.toml", tmp_path / "secret"
+    await asyncio.to_thread(config.write_text, f'token = "sekret"\nhidden = ["{secret}"]\n')
+    await asyncio.to_thread(secret.write_text, "sekret")
+    given = {"plugin_dirs": [plugins], "bundled": False, "entry_points": False, "data_dir": data_dir}
+    settings = await asyncio.to_thread(load_settings, given, env={}, file=config)
+    assert settings.hidden == (secret, config)
+    async with Engine(settings) as engine:
+        for path in (config, secret):
+            assert await tries(engine, "read", path) != "done"

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from http_support import form, server_process, serving
+from structlog.testing import capture_logs
 from support import hosting, next_event, settings_for, until, write_honest, write_plugin
 from test_cli import holdfast
 
@@ -321,13 +322,17 @@ async def test_a_folder_that_cannot_be_written_is_a_counted_fault_and_in_nobodys
 ) -> None:
     write_plugin(plugins, "fragile", FRAGILE, FRAGILE_TOOLS)
     in_the_way(data_dir / "crashes")
-    async with Engine(settings_for(plugins, data_dir)) as engine:
-        outcome = await engine.run("fragile", "leave")
-        assert outcome.reason_code is ReasonCode.WORKER_EXIT
-        assert await engine.crashes("fragile") == []
-        assert engine.faults["crashes"].count == 1
-        assert "crashes" in next(part.detail for part in engine.parts() if part.name == "faults")
-        assert (await engine.restart("fragile")).state == "INITIALIZED"
+    with capture_logs() as logs:
+        async with Engine(settings_for(plugins, data_dir)) as engine:
+            outcome = await engine.run("fragile", "leave")
+            assert outcome.reason_code is ReasonCode.WORKER_EXIT
+            assert await engine.crashes("fragile") == []
+            assert engine.faults["crashes"].count == 1
+            assert "crashes" in next(part.detail for part in engine.parts() if part.name == "faults")
+            assert (await engine.restart("fragile")).state == "INITIALIZED"
+            await until(lambda: any(entry["log_level"] == "error" for entry in logs))
+    (told,) = [entry for entry in logs if entry["log_level"] == "error"]
+    assert "a crash bundle of fragile" in told["stack"]
 
 
 async def test_a_foreign_or_torn_file_among_the_bundles_hides_none(engine: Engine, data_dir: Path) -> None:

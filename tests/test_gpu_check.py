@@ -148,6 +148,12 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 Run = Callable[[Coroutine[Any, Any, T]], T]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def warm_uvloop() -> None:
+    """What its first loop opens, libuv's pipe for signals, stays for as long as the process."""
+    uvloop.new_event_loop().close()
+
+
 @pytest.fixture(params=["asyncio", "uvloop"])
 def on_loop(request: pytest.FixtureRequest) -> Iterator[Run[Any]]:
     """Runs a coroutine on either event loop; blocking it is an error."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import mmap
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from support import hosting, write_plugin
 from engine.errors import SetupError
 from engine.outcome import Broke
 from engine.sandbox import arena, values
+from engine.sandbox.untrusted import MAX_CONTAINERS, Unpacker
 from events.envelope import CallProgress
 
 ANYTHING = """
@@ -33,6 +35,7 @@ BROKEN = {
         ("result_invalid", "Ext"),
     ),
     "a key that is no text": ("r = {True: 1}", ("result_invalid", "bool")),
+    "too many containers": ("r = [[1, 2]] * 300_000", ("result_too_large", "lists and maps")),
     "too deep": ("r = []\nfor _ in range(300): r = [r]", ("result_invalid", "nested deeper than 256")),
     "too many plain values": ("r = [[]] * 20_000_000", ("result_too_large", "plain values")),
     "a type with a long name": (
@@ -121,3 +124,47 @@ def test_a_value_that_grows_when_it_is_decoded_is_refused(case: str) -> None:
         shared.release()
     finally:
         os.close(fd)
+
+
+def test_keys_that_are_chosen_to_collide_are_refused_before_they_are_hashed() -> None:
+    pairs = itertools.islice(itertools.product((b"\xff", b"\xfe"), repeat=18), 16_000)
+    keys = b"".join(b"\xdc\x00\x12" + b"".join(key) + b"\xc0" for key in pairs)
+    value = b"\xde" + (16_000).to_bytes(2, "big") + keys
+    with pytest.raises(ValueError, match="a key is of type list"):
+        Unpacker(lambda *_: None).decode(value)
+
+
+@pytest.mark.parametrize("part", [b"\x90", b"\x80", b"\xc7\x00\x04"], ids=["lists", "maps", "extensions"])
+def test_a_value_has_only_so_many_containers(part: bytes) -> None:
+    def value(count: int) -> bytes:
+        return b"\xdd" + count.to_bytes(4, "big") + part * count
+
+    unpacker = Unpacker(lambda *_: None)
+    assert len(unpacker.decode(value(MAX_CONTAINERS - 1))) == MAX_CONTAINERS - 1
+    with pytest.raises(values.TooManyValues, match="lists and maps"):
+        unpacker.decode(value(MAX_CONTAINERS))
+
+
+async def test_a_worker_that_holds_on_to_what_is_not_there_is_in_breach(plugins: Path, data_dir: Path) -> None:
+    code = """
+    import os, struct
+    CHANNEL = next(
+        int(fd) for fd in os.listdir("/proc/self/fd")
+        if os.path.lexists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+    )
+    class Plugin:
+        def __init__(self, context): ...
+        def validate(self): ...
+        def far(self): self.say(b"\\x91\\x92\\x00\\xcf" + struct.pack("!Q", 2**62))
+        def many(self): self.say(b"\\xdd" + struct.pack("!I", 5000) + b"\\x92\\x00\\x00" * 5000)
+        def say(self, held):
+            body = b"\\x94\\x17\\x01\\xc0" + held  # Result(1, nil, held)
+            os.write(CHANNEL, struct.pack("!I", len(body)) + body)
+    """
+    for tool in ("far", "many"):
+        write_plugin(plugins, tool, code, [tool])
+    async with hosting(plugins, data_dir) as engine:
+        for tool in ("far", "many"):
+            outcome = await engine.run(tool, tool)
+            assert isinstance(outcome, Broke)
+            assert outcome.reason_code == "protocol_error"

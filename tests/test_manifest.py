@@ -106,6 +106,7 @@ def test_every_key_of_the_design_is_read(folder: Path) -> None:
 def test_the_defaults_are_60_s_and_1_gib(folder: Path) -> None:
     limits = read(folder, MINIMAL).limits
     assert (limits.timeout_s, limits.start_timeout_s, limits.memory_mib) == (60.0, 60.0, 1024)
+    assert limits.scratch_mib == 1024
 
 
 def test_network_and_files_are_open_unless_a_sandbox_says_otherwise(folder: Path) -> None:
@@ -195,6 +196,8 @@ FAULTS: list[tuple[str, str, int, str, str]] = [
     ("= 2048", "= 15", 17, "limits.memory_mib", "MiB from 16"),
     ("= 2048", "= 1e3", 17, "limits.memory_mib", "must be a whole number, got 1000.0"),
     ("= 2048", "= 0x" + "f" * 5000, 17, "limits.memory_mib", "more than 64 bits"),
+    ("workers = 2", "scratch_mib = 0", 18, "limits.scratch_mib", "MiB from 1"),
+    ("workers = 2", "scratch_mib = 0.5", 18, "limits.scratch_mib", "must be a whole number"),
     ("workers = 2", "workers = 0", 18, "limits.workers", "from 1 to 64"),
     ("workers = 2", "workers = 65", 18, "limits.workers", "from 1 to 64"),
     ("queue = 0", "queue = -1", 19, "limits.queue", "from 0"),
@@ -347,12 +350,21 @@ def read_or_refuse(folder: Path, text: str | bytes) -> None:
 
 @FUZZ
 @given(raw=st.one_of(st.binary(max_size=300), st.text(max_size=300).map(lambda t: t.encode("utf-8", "replace"))))
+@example(raw=b"\xff\xfe\x00")
+@example(raw=b"\xef\xbb\xbfname = 1")
+@example(raw=b"a = " + b"[" * 3000)
+@example(raw=b"a = 1" + b"0" * 5000)
+@example(raw=b"." * 300)
 def test_any_bytes_give_a_manifest_or_a_refusal(folder: Path, raw: bytes) -> None:
     read_or_refuse(folder, raw)
 
 
 @FUZZ
 @given(text=st.one_of(mutated(), st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)))
+@example(text='name = "a\\ud800"')
+@example(text="[limits]\ntimeout_s = nan\nmemory_mib = 1e400\n")
+@example(text="[limits]\nworkers = 99999999999999999999\n")
+@example(text="tools = [1, 2]\n[tools.a]\n")
 def test_any_mutation_gives_a_manifest_or_a_refusal_with_a_reason(folder: Path, text: str) -> None:
     read_or_refuse(folder, text)
 

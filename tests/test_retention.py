@@ -518,7 +518,9 @@ def test_lowering_the_bound_gives_the_disk_its_space_back(path: Path) -> None:
         before = store.rows("PRAGMA page_count")[0][0]
         Turns(store, events=500).all()
         assert store.rows("PRAGMA page_count")[0][0] < before / 4
-    assert len(Turns(Store(path)).left()) == 500
+    store = Store(path)
+    assert len(Turns(store).left()) == 500
+    store.close(clean=True)
 
 
 def test_a_failing_retention_is_counted_and_the_log_goes_on(path: Path) -> None:

@@ -48,6 +48,12 @@ OUTSIDE = """Fatal Python error: Aborted
 Current thread 0x00007f2222222222 (most recent call first):
   File "/usr/lib/python3/dist-packages/cv2/dnn.py", line 5 in forward
 """
+BETWEEN = """Fatal Python error: Segmentation fault
+
+Current thread 0x00007f2222222222 (most recent call first):
+  File "/srv/engine/sandbox/frames.py", line 5 in take
+  File "/srv/engine/worker/serve.py", line 80 in receive
+"""
 FIRST = "Current thread 0x1 (most recent call first):"
 SPACE = f'{FIRST}\n  File "{FOLDER}/a b.py", line 1 in <module>'
 NEIGHBOUR = f'{FIRST}\n  File "{FOLDER}2/x.py", line 1 in f'
@@ -112,6 +118,13 @@ VERDICTS: list[tuple[ExitStatus, Evidence, str, list[str]]] = [
         ["SIGABRT at dnn.py:5 in `forward`", "abort() in native code"],
     ),
     (by(7), evidence(doing=""), "worker_signal", ["SIGBUS while it was idle"]),
+    (by(7), evidence(shm_full=True, memory_peak_bytes=1 << 30), "memory_limit", ["it used 1024 MiB"]),
+    (
+        by(11),
+        evidence(doing="", stack=BETWEEN),
+        "killed_externally",
+        ["SIGSEGV from outside", "while it was idle"],
+    ),
     (by(4), evidence(doing="import"), "worker_signal", ["SIGILL during import", "this CPU does not have"]),
     (by(8), evidence(), "worker_signal", ["SIGFPE during `work`"]),
     (by(31), evidence(), "worker_signal", ["SIGSYS", "forbidden system call"]),

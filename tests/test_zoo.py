@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -16,12 +17,13 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 from support import descendants, hosting, next_event, until, write_honest, write_plugin
-from zoo import FAULTS, Fault, Moment, after, at, breaks, call, fork_server, held, rows, service
+from zoo import FAULTS, Fault, Moment, above, after, at, breaks, call, held, rows, service
 
 from engine.sandbox import wire
 
 PROCESSES, SIGNALS, CHANNEL = "hostile_processes", "hostile_signals", "hostile_channel"
 VALUES, PATCHES = "hostile_values", "hostile_patches"
+MEMORY = "takes_memory"
 BROKEN = "Holdfast's own part of the worker failed"
 SILENT = "in code that did not let Python tell where"
 
@@ -36,6 +38,14 @@ def sign(tool: str, code: str, kind: str, *reason: str) -> Fault:
 
 def speak(tool: str, *reason: str) -> Fault:
     return call(tool, "protocol_error", "ProtocolError", *reason, folder=CHANNEL)
+
+
+def take(tool: str, *reason: str) -> Fault:
+    return call(tool, "memory_limit", "MemoryLimit", rf"used \d+ MiB during `{tool}`", *reason, folder=MEMORY)
+
+
+def litter(tool: str, *reason: str) -> Fault:
+    return call(tool, "scratch_limit", "ScratchLimit", *reason, r"raise .limits. scratch_mib", folder=MEMORY)
 
 
 def value(tool: str, code: str, kind: str, *reason: str) -> Fault:
@@ -77,6 +87,23 @@ TABLE = [
         folder=PROCESSES,
         moment=Moment.IDLE,
     ),
+    take("slowly"),
+    take("in_children"),
+    take("by_writing_to_shared_pages"),
+    take("by_a_second_thread", r"\d+ MiB of it shared memory"),
+    take("by_letting_go_of_shared_pages", r"\d+ MiB of it shared memory"),
+    take("by_mapping_dev_shm", r"\d+ MiB of it shared memory"),
+    take("in_memfds", r"\d+ MiB of it shared memory"),
+    take("in_memfds_of_a_child", r"\d+ MiB of it shared memory"),
+    take("in_closed_memfds", r"\d+ MiB of it shared memory"),
+    # Disk.
+    litter("in_one_file", r"holds at least \d+ MiB during `in_one_file`: its limit is 64 MiB"),
+    litter("in_many_files", r"holds at least 6\d MiB during `in_many_files`"),
+    litter("in_empty_files", "holds at least 64 MiB during `in_empty_files`"),
+    litter("in_an_unlinked_file", r"holds at least \d+ MiB"),
+    litter("in_an_unlinked_mapping", r"holds at least \d+ MiB"),
+    litter("in_an_unlinked_file_of_a_second_thread", r"holds at least \d+ MiB"),
+    litter("too_deep", "cannot be measured, being nested too deep"),
     # Signals, native code, and every way not to come back.
     sign("stops_itself", "tool_timeout", "ToolTimeout", "`stops_itself` ran past 0.3 s"),
     sign(
@@ -177,6 +204,8 @@ def numbers(got: Any) -> bool:
 HARMLESS: list[tuple[str, str, Callable[[Any], bool]]] = [
     (PROCESSES, "holds_all_descriptors", lambda got: got == "held"),
     (PROCESSES, "returns_twice", lambda got: got == "both of us"),
+    (MEMORY, "shares_memory", lambda got: got == 2 * 120 * (150 << 20) // mmap.PAGESIZE),
+    (MEMORY, "keeps_within_its_scratch", lambda got: got == 400 << 20),
     (PROCESSES, "shares_pages_with_children", lambda got: got == "shared"),
     (SIGNALS, "raises_in_a_thread", lambda got: got == "raised there, not here"),
     (CHANNEL, "floods_with_frames", lambda got: got == "flooded"),
@@ -215,7 +244,7 @@ async def test_what_harms_nobody_is_answered_and_leaves_the_plugin_in_service(
             again = await engine.restart(folder)
             assert (again.state, again.incarnation, again.reason) == ("INITIALIZED", 2, None)
             assert not {**engine.faults, **engine.bus.faults, **engine.log.faults}
-            await until(lambda: descendants() == {fork_server(engine), engine.health("honest").pid, again.pid})
+            await until(lambda: descendants() == {*above(engine), engine.health("honest").pid, again.pid})
             await until(lambda: len(list(engine.scratch_root.glob(f"{folder}-*"))) == 1)
     assert not [entry for entry in logs if entry["log_level"] == "error"]
     await until(lambda: descendants() == processes)
@@ -306,5 +335,5 @@ async def test_a_worker_that_speaks_another_protocol_is_refused(
         health = engine.health("honest")
         assert (health.state, health.reason_code) == ("FAILED", "protocol_error")
         assert "it speaks protocol 1, the engine 2" in (health.reason or "")
-        await until(lambda: descendants() == {fork_server(engine)})
+        await until(lambda: descendants() == above(engine))
     assert os.getpid() not in descendants()

@@ -84,7 +84,7 @@ def at(line: str, function: str, file: str = "plugin.py") -> str:
     return f"AT {file} {function} {line}"
 
 
-LIMITS = {"tool_timeout", "start_timeout", "memory_limit", "process_limit"}
+LIMITS = {"tool_timeout", "start_timeout", "memory_limit", "process_limit", "scratch_limit"}
 
 
 def rows(table: Iterable[Fault]) -> list[Any]:
@@ -138,7 +138,7 @@ async def service(engine: Engine, broken: str) -> AsyncIterator[None]:
 
     async def serve() -> None:
         nonlocal rounds
-        while not over:
+        while not over or not rounds:
             outcome = await engine.run("honest", "echo", {"text": str(rounds)})
             assert outcome.ok, outcome
             assert outcome.value == str(rounds)
@@ -201,9 +201,9 @@ async def refused(engine: Engine, fault: Fault, reason: str) -> None:
 
 
 async def nothing_left(engine: Engine, name: str) -> None:
-    """No process below us but the fork server and the honest worker; no scratch folder of the plugin's."""
+    """No process below us but those above of workers and the honest one; no scratch folder of the plugin's."""
     honest = engine.health("honest").pid
-    await until(lambda: descendants() == {fork_server(engine), honest})
+    await until(lambda: descendants() == {*above(engine), honest})
     await until(lambda: not list(engine.scratch_root.glob(f"{name}-*")))
 
 
@@ -226,9 +226,16 @@ def place(fault: Fault, pattern: str) -> str:
 
 
 def fork_server(engine: Engine) -> int:
-    process = engine._spawner._process
-    assert process is not None
-    return process.pid
+    pid = engine._spawner.fork_server_pid
+    assert pid is not None
+    return pid
+
+
+def above(engine: Engine) -> set[int]:
+    """What the workers are below of: the reaper and the fork server."""
+    reaper = engine._spawner.reaper_pid
+    assert reaper is not None
+    return {reaper, fork_server(engine)}
 
 
 def held() -> Counter[str]:

@@ -1,0 +1,202 @@
+"""The engine's ends of what connects it with a worker: channel, arena, output, stack pipe, arguments in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import msgpack
+from support import feed, open_descriptors
+
+from engine.sandbox import arena, fingerprint, values, wire
+from engine.sandbox.channel import Channel
+from engine.sandbox.fingerprint import Argument, InFlight
+from engine.sandbox.output import Output
+from engine.sandbox.stack import StackPipe
+
+MIB = 1024 * 1024
+F_SETPIPE_SZ = 1031
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# The channel, on a real socket.
+
+
+async def test_a_channel_whose_other_end_closed_takes_everything_and_does_nothing() -> None:
+    lost: asyncio.Queue[str | None] = asyncio.Queue()
+    ours, theirs = socket.socketpair()
+    loop = asyncio.get_running_loop()
+    _, channel = await loop.create_unix_connection(lambda: Channel(lambda _: None, lost.put_nowait), sock=ours)
+    theirs.close()
+    async with asyncio.timeout(10):
+        assert await lost.get() is None
+    channel.pause()
+    channel.resume()
+    channel.send(wire.Began(1))
+    channel.close()
+    assert lost.empty(), "it is lost once"
+
+
+async def test_a_channel_that_is_closed_before_it_is_connected_takes_everything_and_does_nothing() -> None:
+    lost: list[str | None] = []
+    channel = Channel(lambda _: None, lost.append)
+    channel.send(wire.Began(1))
+    channel.pause()
+    channel.resume()
+    channel.close()
+    feed(channel, wire.frame(wire.Began(1)))
+    assert lost == []
+
+
+async def test_a_paused_channel_reads_on_only_when_it_is_resumed() -> None:
+    heard: asyncio.Queue[Any] = asyncio.Queue()
+    ours, theirs = socket.socketpair()
+    loop = asyncio.get_running_loop()
+    _, channel = await loop.create_unix_connection(lambda: Channel(heard.put_nowait, lambda _: None), sock=ours)
+    with theirs:
+        channel.pause()
+        theirs.sendall(wire.frame(wire.Began(1)))
+        # The other direction has gone round the loop meanwhile, and nothing was read.
+        channel.send(wire.Began(2))
+        assert await asyncio.to_thread(theirs.recv, 64)
+        assert heard.empty()
+        channel.resume()
+        assert await asyncio.wait_for(heard.get(), 10) == wire.Began(1)
+        channel.close()
+
+
+# The arena.
+
+
+def test_an_arena_that_cannot_be_made_leaves_no_descriptor() -> None:
+    before = open_descriptors()
+    with pytest.raises(OSError, match="Invalid argument"):
+        arena.create(-1)
+    assert open_descriptors() == before
+
+
+def test_an_arena_stays_mapped_for_as_long_as_somebody_looks_at_it() -> None:
+    fd = arena.create(MIB)
+    shared = arena.Arena(fd, writable=True)
+    try:
+        view = shared.view(*shared.write(b"frame"))
+        assert not shared.release()
+        os.close(fd)
+        fd = -1
+        assert bytes(view) == b"frame"
+        view.release()
+        assert shared.release(), "there is nothing left to unmap"
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+# The output.
+
+
+async def test_the_output_is_read_to_its_end_however_large_the_pipe_was_made() -> None:
+    lines: list[str] = []
+    reading, writing = os.pipe()
+    capacity = fcntl.fcntl(writing, F_SETPIPE_SZ, MIB)
+    output = Output(reading, lambda line, _dropped: lines.append(line), 1e9)
+    line = b"x" * 63 + b"\n"
+    os.write(writing, line * (capacity // 64 - 1) + b"y" * 63 + b"\n")
+    os.close(writing)
+    output.close()
+    assert len(lines) == capacity // 64
+    assert output.tail().splitlines()[-1] == "y" * 63
+
+
+async def test_output_that_somebody_still_holds_open_is_not_waited_for() -> None:
+    lines: list[str] = []
+    reading, writing = os.pipe()
+    try:
+        output = Output(reading, lambda line, _dropped: lines.append(line), 1e9)
+        os.write(writing, b"all there is\nhalf")
+        output.close()
+        assert lines == ["all there is", "half"]
+    finally:
+        os.close(writing)
+
+
+# The stack pipe.
+
+
+async def test_a_stack_that_was_cut_off_by_the_end_of_its_worker_is_not_waited_for() -> None:
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    pipe = StackPipe(reading)
+    try:
+        os.write(writing, b"Current thread 0x1 (most recent call first):\n")
+        os.close(writing)
+        assert not await pipe.arrived()
+        assert pipe.text().startswith("Current thread")
+    finally:
+        pipe.close()
+
+
+# Arguments in flight.
+
+
+def in_flight(arguments: dict[str, Any], shared: arena.Arena, encoding: str = "python") -> tuple[Argument, ...]:
+    encoded = values.encode_arguments(arguments, shared)
+    names = ",".join(f'"{name}": {{}}' for name in arguments)
+    call = InFlight("work", "r", 1.0, wire.Encoded(encoding, encoded), f'{{"properties": {{{names}}}}}', shared.fd)
+    try:
+        return call.fingerprints()
+    finally:
+        call.close()
+
+
+def test_an_argument_that_has_no_json_form_is_hashed_as_it_was_sent() -> None:
+    fd = arena.create(MIB)
+    shared = arena.Arena(fd, writable=True)
+    try:
+        unknown = [msgpack.Ext(99, msgpack.encode("?"))]
+        assert in_flight({"unknown": unknown}, shared) == (
+            Argument("unknown", "msgpack", len(msgpack.encode(unknown)), digest(msgpack.encode(unknown))),
+        )
+    finally:
+        shared.release()
+        os.close(fd)
+
+
+def test_a_file_that_is_none_or_is_gone_is_named_without_a_hash(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    fd = arena.create(MIB)
+    shared = arena.Arena(fd, writable=True)
+    try:
+        for path in (pipe, tmp_path):
+            told = in_flight({"clip": values.FilePart(str(path))}, shared, "form")
+            assert told == (Argument("clip", "file", 0, None),)
+        gone = in_flight({"clip": values.FilePart(str(tmp_path / "gone"))}, shared, "form")
+        assert gone == (Argument("clip", "file", 0, None),)
+    finally:
+        shared.release()
+        os.close(fd)
+
+
+def test_an_arena_that_refers_to_itself_again_and_again_is_not_hashed_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fingerprint, "_BUDGET_BYTES", 10 * MIB)
+    fd = arena.create(MIB)
+    shared = arena.Arena(fd, writable=True)
+    try:
+        whole = msgpack.Ext(values.EXT_ARENA_BYTES, msgpack.encode((0, MIB)))
+        encoded = msgpack.encode({f"a{n}": whole for n in range(11)})
+        call = InFlight("work", "r", 1.0, wire.Encoded("python", encoded), "{}", fd)
+        assert call.fingerprints() == (Argument("", "python", len(encoded), digest(encoded)),)
+        call.close()
+    finally:
+        shared.release()
+        os.close(fd)
