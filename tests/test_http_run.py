@@ -217,6 +217,7 @@ async def test_what_json_cannot_hold(plugins: Path, data_dir: Path) -> None:
         assert base64.b64decode(outcome["value"]["data"]) == bytes([0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0])
         status, outcome = await lab.run("odd")
         assert (status, outcome["reason_code"], outcome["ok"]) == (502, "result_invalid", False)
+        assert (await lab.engine.restart("lab")).state == "INITIALIZED"
         path = "/v1/plugins/lab/tools/odd/run"
         async with lab.http.post(path, headers=NDJSON) as response:
             assert (response.status, (await response.json())["reason_code"]) == (502, "result_invalid")
@@ -376,6 +377,7 @@ async def test_a_stream_that_breaks_ends_with_the_outcome(plugins: Path, data_di
             lines = await lines_of(response)
             assert (response.status, lines[0]) == (200, {"item": 1})
             assert lines[-1]["outcome"]["reason_code"] == "result_invalid"
+        assert (await lab.engine.restart("lab")).state == "INITIALIZED"
         async with lab.http.post("/v1/plugins/lab/tools/stumble/run", json={"n": 2}, headers=NDJSON) as response:
             lines = await lines_of(response)
             assert (response.status, lines[:2]) == (200, [{"item": 0}, {"item": 1}])

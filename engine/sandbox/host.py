@@ -523,8 +523,8 @@ class Worker:
                 running = self._current(call_id)
                 try:
                     running.call.item(self._decode(value), memoryview(value).nbytes, self._channel)
-                except values.TooManyValues as exc:
-                    self._on_answer(_too_large(call_id, exc))
+                except (values.TooManyValues, values.NoJsonForm) as exc:
+                    self._on_answer(_unfit(call_id, exc))
             case wire.Progress(call_id=call_id, done=done, total=total):
                 running = self._current(call_id)
                 if math.isfinite(done) and math.isfinite(total) and self._progress_rate.admit() is not None:
@@ -567,8 +567,8 @@ class Worker:
         if isinstance(answer, wire.Result):
             try:
                 value = self._decode(answer.value)
-            except values.TooManyValues as exc:
-                self._on_answer(_too_large(answer.call_id, exc))
+            except (values.TooManyValues, values.NoJsonForm) as exc:
+                self._on_answer(_unfit(answer.call_id, exc))
             else:
                 self._conclude(running, Value(value))
         elif answer.kind in ("bad_input", "rejected"):
@@ -587,7 +587,7 @@ class Worker:
             raise ProtocolBreach(f"it sent more than {values.MAX_VALUE_BYTES} bytes of plain values at once")
         try:
             return self._decoder.decode(value)
-        except values.TooManyValues:  # dataclasses are counted here only
+        except (values.TooManyValues, values.NoJsonForm):  # a worker does not look into dataclasses
             raise
         except Exception as exc:  # a worker may send anything; what does not decode is its breach
             raise ProtocolBreach(f"it sent a value that does not decode ({type(exc).__name__}: {exc})") from exc
@@ -621,8 +621,11 @@ class Worker:
             self._observer.fault("worker", exc)
 
 
-def _too_large(call_id: int, exc: values.TooManyValues) -> wire.Failed:
-    return wire.Failed(call_id, "too_large", "ResultTooLarge", f"{exc}; bytes and arrays may be longer")
+def _unfit(call_id: int, exc: values.TooManyValues | values.NoJsonForm) -> wire.Failed:
+    """What a worker should have said of its result."""
+    if isinstance(exc, values.TooManyValues):
+        return wire.Failed(call_id, "too_large", "ResultTooLarge", f"{exc}; bytes and arrays may be longer")
+    return wire.Failed(call_id, "invalid", "TypeError", str(exc))
 
 
 def _unsendable(arguments: Mapping[str, Any] | wire.Encoded, exc: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]  # it ships no types
 
-from engine.sandbox.values import TooManyValues
+from engine.sandbox.values import NoJsonForm, TooManyValues
 
 # Of one value. An empty list is one byte and becomes 56, so bytes alone say little.
 MAX_CONTAINERS = 262_144
@@ -34,7 +34,8 @@ class Unpacker:
 
         Raises:
             TooManyValues: it has more lists, maps and extensions than a value may have.
-            Exception: it is none, nested deeper than 511, or has a key that is neither text nor a number.
+            NoJsonForm: it has a key that is neither text nor a number.
+            Exception: it is none, or nested deeper than 511.
         """
         self._containers = 0
         return self.nested(data)
@@ -59,7 +60,8 @@ class Unpacker:
         self._count()
         for key, _ in pairs:
             if key.__class__ not in _KEYS:
-                raise ValueError(f"a key is of type {type(key).__name__}")
+                kind = "tuple" if isinstance(key, list) else type(key).__name__
+                raise NoJsonForm(f"a key of type `{kind}` has no JSON form; use text")
         return dict(pairs)
 
     def _list(self, items: list[Any]) -> list[Any]:

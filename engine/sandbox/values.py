@@ -43,6 +43,10 @@ class TooManyValues(ValueError):
     """More plain values than the other side would want to decode at once."""
 
 
+class NoJsonForm(ValueError):
+    """A value that decodes and cannot be shown to a caller."""
+
+
 class FilePart:
     """A file among the arguments of a form."""
 
