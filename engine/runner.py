@@ -183,7 +183,7 @@ class ToolRunner:
             case Broken(cause=Cause(reason_code=code, reason=text), error_type=kind):
                 return Broke(
                     error=text,
-                    error_type=kind or code.value.title().replace("_", ""),
+                    error_type=kind or _kind_of(code),
                     reason_code=code,
                     state=state,
                     duration_ms=duration_ms,
@@ -201,9 +201,15 @@ def _finished(consumer: Collected | Stream, outcome: Outcome) -> Outcome:
 def _turned_away(request: Request, incarnation: Incarnation, cause: Cause) -> Refused:
     """It got no worker: by a restart or a stop, or because the plugin broke meanwhile."""
     if cause.reason_code in (ReasonCode.RESTARTED, ReasonCode.ENGINE_STOPPING):
-        kind = cause.reason_code.value.title().replace("_", "")
-        return _refused(request, cause.reason_code, kind, cause.reason, incarnation.status.state)
+        return _refused(
+            request, cause.reason_code, _kind_of(cause.reason_code), cause.reason, incarnation.status.state
+        )
     return _not_in_service(request, incarnation)
+
+
+def _kind_of(code: ReasonCode) -> str:
+    """The error type where there was no exception: `tool_timeout`: ToolTimeout."""
+    return code.value.title().replace("_", "")
 
 
 def _refused(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import msgspec
-from support import descendants, open_descriptors
+from support import descendants, held
 
 
 class Leftovers(msgspec.Struct, frozen=True):
@@ -25,7 +23,7 @@ class Leftovers(msgspec.Struct, frozen=True):
         segments = [line.split()[1] for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
         return cls(
             processes=frozenset(descendants()),
-            descriptors=frozenset((kind, n) for kind, count in _held().items() for n in range(count)),
+            descriptors=frozenset((kind, n) for kind, count in held().items() for n in range(count)),
             temp_files=frozenset(map(str, Path(tempfile.gettempdir()).iterdir())),
             shared_memory=frozenset([*map(str, Path("/dev/shm").iterdir()), *segments]),
         )
@@ -37,9 +35,3 @@ class Leftovers(msgspec.Struct, frozen=True):
             for name in self.__struct_fields__
             if (came := getattr(self, name) - getattr(before, name))
         )
-
-
-def _held() -> Counter[str]:
-    """What this process holds open, by kind: how many sockets, pipes, memfds, and of each file."""
-    kinds = (re.sub(r"^\d+ → ", "", entry) for entry in open_descriptors())
-    return Counter(re.sub(r":\[\d+\]$", "", kind) for kind in kinds)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import textwrap
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +18,14 @@ from engine import Engine, Settings
 from engine.sandbox.channel import Channel
 from events.envelope import Event
 
+# The head of a plugin that speaks on its worker's channel.
+FINDS_ITS_CHANNEL = """
+import os, struct
+CHANNEL = next(
+    int(fd) for fd in os.listdir("/proc/self/fd")
+    if os.path.lexists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+)
+"""
 HONEST = """
 class Plugin:
     def __init__(self, context): pass
@@ -118,3 +128,9 @@ def open_descriptors() -> set[str]:
         except FileNotFoundError:  # the listing's own descriptor
             continue
     return held
+
+
+def held() -> Counter[str]:
+    """What this process holds open, by kind: how many sockets, pipes, memfds, and of each file."""
+    kinds = (re.sub(r"^\d+ → ", "", entry) for entry in open_descriptors())
+    return Counter(re.sub(r":\[\d+\]$", "", kind) for kind in kinds)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from http_support import client_of
-from support import descendants, hosting, until, write_honest
-from zoo import FAULTS, Fault, Moment, at, breaks, call, fork_server, held, killed, next_state, rows, start
+from support import descendants, held, hosting, until, write_honest
+from zoo import FAULTS, Fault, Moment, at, breaks, call, fork_server, killed, next_state, rows, start
 
 TABLE = [
     # Import.

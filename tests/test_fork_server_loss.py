@@ -17,6 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 from support import (
     descendants,
+    held,
     hosting,
     next_event,
     open_descriptors,
@@ -25,7 +26,7 @@ from support import (
     write_honest,
     write_plugin,
 )
-from zoo import above, fork_server, held, next_state
+from zoo import above, fork_server, next_state
 
 from engine import Engine
 from engine.outcome import Broke

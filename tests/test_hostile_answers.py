@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from msgspec import msgpack
-from support import hosting, write_plugin
+from support import FINDS_ITS_CHANNEL, hosting, write_plugin
 
 from engine.errors import SetupError
 from engine.outcome import Broke
@@ -145,24 +145,21 @@ def test_a_value_has_only_so_many_containers(part: bytes) -> None:
         unpacker.decode(value(MAX_CONTAINERS))
 
 
+HOLDS = """
+class Plugin:
+    def __init__(self, context): ...
+    def validate(self): ...
+    def far(self): self.say(b"\\x91\\x92\\x00\\xcf" + struct.pack("!Q", 2**62))
+    def many(self): self.say(b"\\xdd" + struct.pack("!I", 5000) + b"\\x92\\x00\\x00" * 5000)
+    def say(self, held):
+        body = b"\\x94\\x17\\x01\\xc0" + held  # Result(1, nil, held)
+        os.write(CHANNEL, struct.pack("!I", len(body)) + body)
+"""
+
+
 async def test_a_worker_that_holds_on_to_what_is_not_there_is_in_breach(plugins: Path, data_dir: Path) -> None:
-    code = """
-    import os, struct
-    CHANNEL = next(
-        int(fd) for fd in os.listdir("/proc/self/fd")
-        if os.path.lexists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
-    )
-    class Plugin:
-        def __init__(self, context): ...
-        def validate(self): ...
-        def far(self): self.say(b"\\x91\\x92\\x00\\xcf" + struct.pack("!Q", 2**62))
-        def many(self): self.say(b"\\xdd" + struct.pack("!I", 5000) + b"\\x92\\x00\\x00" * 5000)
-        def say(self, held):
-            body = b"\\x94\\x17\\x01\\xc0" + held  # Result(1, nil, held)
-            os.write(CHANNEL, struct.pack("!I", len(body)) + body)
-    """
     for tool in ("far", "many"):
-        write_plugin(plugins, tool, code, [tool])
+        write_plugin(plugins, tool, FINDS_ITS_CHANNEL + HOLDS, [tool])
     async with hosting(plugins, data_dir) as engine:
         for tool in ("far", "many"):
             outcome = await engine.run(tool, tool)

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import feed, hosting, until, write_honest, write_plugin
+from support import FINDS_ITS_CHANNEL, feed, hosting, until, write_honest, write_plugin
 
 from engine.sandbox import arena, wire
 from engine.sandbox.channel import Channel, ProtocolBreach
@@ -431,13 +431,6 @@ def test_a_reference_outside_the_arena_is_refused(offset: int, length: int) -> N
 # Hostile workers, end to end: a plugin that finds the channel's descriptor and speaks for itself.
 
 SPEAKING = """
-import os, socket, struct
-
-CHANNEL = next(
-    int(fd) for fd in os.listdir("/proc/self/fd")
-    if os.path.lexists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
-)
-
 class Plugin:
     def __init__(self, context): ...
     def validate(self): ...
@@ -461,7 +454,7 @@ class Plugin:
 async def test_a_plugin_that_speaks_on_the_channel_is_in_breach(
     said: bytes, words: str, plugins: Path, data_dir: Path
 ) -> None:
-    write_plugin(plugins, "speaking", SPEAKING, ["say"])
+    write_plugin(plugins, "speaking", FINDS_ITS_CHANNEL + SPEAKING, ["say"])
     write_honest(plugins)
     async with hosting(plugins, data_dir) as engine:
         outcome = await engine.run("speaking", "say", {"data": said})

@@ -118,7 +118,12 @@ VERDICTS: list[tuple[ExitStatus, Evidence, str, list[str]]] = [
         ["SIGABRT at dnn.py:5 in `forward`", "abort() in native code"],
     ),
     (by(7), evidence(doing=""), "worker_signal", ["SIGBUS while it was idle"]),
-    (by(7), evidence(shm_full=True, memory_peak_bytes=1 << 30), "memory_limit", ["it used 1024 MiB"]),
+    (
+        by(7),
+        evidence(memory_shared_bytes=1 << 30, memory_peak_bytes=1 << 30),
+        "memory_limit",
+        ["it used 1024 MiB"],
+    ),
     (
         by(11),
         evidence(doing="", stack=BETWEEN),

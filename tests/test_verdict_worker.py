@@ -10,8 +10,18 @@ from typing import Any, ClassVar
 
 import msgspec
 import pytest
-from support import descendants, hosting, next_event, settings_for, until, write_honest, write_plugin
-from zoo import fork_server, held, next_state
+from support import (
+    FINDS_ITS_CHANNEL,
+    descendants,
+    held,
+    hosting,
+    next_event,
+    settings_for,
+    until,
+    write_honest,
+    write_plugin,
+)
+from zoo import fork_server, next_state
 
 from engine import Engine
 from engine.outcome import Broke, Refused
@@ -25,11 +35,6 @@ from engine.startup import _Observer
 from events.envelope import PluginLog
 
 SPEAKS = """
-import os, struct
-CHANNEL = next(
-    int(fd) for fd in os.listdir("/proc/self/fd")
-    if os.path.lexists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
-)
 def say(data):
     while data:
         data = data[os.write(CHANNEL, data):]
@@ -65,7 +70,7 @@ class Plugin:
 @pytest.mark.contract(8)
 async def test_a_worker_that_lies_about_its_tools_is_in_breach(plugins: Path, data_dir: Path) -> None:
     for number, ready in enumerate(READY.values()):
-        write_plugin(plugins, f"liar_{number}", SPEAKS % wire.frame(ready).hex(), ["work"])
+        write_plugin(plugins, f"liar_{number}", FINDS_ITS_CHANNEL + SPEAKS % wire.frame(ready).hex(), ["work"])
     async with hosting(plugins, data_dir) as engine:
         for number, words in enumerate(READY):
             health = engine.health(f"liar_{number}")
@@ -74,7 +79,7 @@ async def test_a_worker_that_lies_about_its_tools_is_in_breach(plugins: Path, da
 
 
 async def test_a_worker_that_sends_more_plain_values_than_fit_is_in_breach(plugins: Path, data_dir: Path) -> None:
-    write_plugin(plugins, "floods", SPEAKS % "", ["work"])
+    write_plugin(plugins, "floods", FINDS_ITS_CHANNEL + SPEAKS % "", ["work"])
     async with hosting(plugins, data_dir) as engine:
         outcome = await engine.run("floods", "work", {"size": MAX_VALUE_BYTES})
         assert outcome.reason_code == "protocol_error"

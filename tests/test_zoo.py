@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
-from support import descendants, hosting, next_event, until, write_honest, write_plugin
-from zoo import FAULTS, Fault, Moment, above, after, at, breaks, call, held, rows, service
+from support import descendants, held, hosting, next_event, until, write_honest, write_plugin
+from zoo import FAULTS, Fault, Moment, above, after, at, breaks, call, rows, service
 
 from engine.sandbox import wire
 

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from structlog.testing import capture_logs
-from support import descendants, hosting, next_event, open_descriptors, until, write_honest
+from support import descendants, held, hosting, next_event, until, write_honest
 
 from engine import Engine
 from engine.outcome import Broke, Completed, Outcome, Refused
@@ -236,9 +235,3 @@ def above(engine: Engine) -> set[int]:
     reaper = engine._spawner.reaper_pid
     assert reaper is not None
     return {reaper, fork_server(engine)}
-
-
-def held() -> Counter[str]:
-    """What this process holds open, by kind: how many sockets, pipes, memfds, and of each file."""
-    kinds = (re.sub(r"^\d+ → ", "", entry) for entry in open_descriptors())
-    return Counter(re.sub(r":\[\d+\]$", "", kind) for kind in kinds)

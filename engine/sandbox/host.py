@@ -459,8 +459,6 @@ class Worker:
             process_limit=self.process_limit,
             memory_peak_bytes=self.memory_peak_bytes,
             memory_shared_bytes=self.memory_shared_bytes,
-            # Python's own resource tracker empties it as soon as the worker is dead.
-            shm_full=self.memory_shared_bytes > self.memory_limit_bytes * 0.9,
             scratch_holds=self._scratch_holds,
             scratch_limit_bytes=self.scratch_limit_bytes,
             oom_kills=oom_kills,

@@ -76,7 +76,6 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     process_limit: int = 0
     memory_peak_bytes: int = 0  # the whole process tree, resident
     memory_shared_bytes: int = 0  # of that: shared memory, mapped or not
-    shm_full: bool = False  # or almost: its own /dev/shm
     scratch_holds: str = ""  # "holds at least 1100 MiB", with Ending.SCRATCH
     scratch_limit_bytes: int = 0
     oom_kills: int = 0  # by the kernel, of anything in its cgroup; or on the machine, shortly before it died
@@ -185,7 +184,7 @@ def _signalled(status: ExitStatus, evidence: Evidence, doing: str, at: str) -> V
     if number == signal.SIGKILL and evidence.cgroup_limit:
         text = f"killed by the kernel for memory{doing}, at its cgroup's limit: {_raise(evidence)}"
         return _cause(ReasonCode.MEMORY_LIMIT, evidence, text)
-    if number == signal.SIGBUS and evidence.shm_full:  # it wrote to a mapped page that there was no room for
+    if number == signal.SIGBUS and _shm_was_full(evidence):  # there was no room for a mapped page that it wrote to
         return _cause(ReasonCode.MEMORY_LIMIT, evidence, _memory(evidence))
     if number == signal.SIGKILL and evidence.oom_kills:
         text = f"the kernel ended it for want of memory{doing}: {_raise(evidence)}"
@@ -347,6 +346,11 @@ def stack_is_whole(stack: bytes) -> bool:
 def fatal_place(evidence: Evidence) -> str:
     """Where the thread that crashed was, from faulthandler's last words; "" where they do not say."""
     return _place(_fatal_threads(evidence), None, evidence.folder)
+
+
+def _shm_was_full(evidence: Evidence) -> bool:
+    """Or almost, when it was looked at: Python's own resource tracker empties it as soon as the worker is dead."""
+    return evidence.memory_shared_bytes > evidence.memory_limit_bytes * 0.9
 
 
 def _only_waited(evidence: Evidence) -> bool:
