@@ -102,6 +102,7 @@ class Plugin:
     def collects_for_ever_at_exit(self) -> str:
         import atexit
 
+        gc.disable()  # none before its end
         gc.callbacks.append(lambda *_: threading.Event().wait())
         atexit.register(gc.collect)
         return "wait for it"
