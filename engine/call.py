@@ -195,9 +195,9 @@ class Call:
     Args:
         request: what the caller asked for.
         incarnation: of the plugin that it was admitted to.
-        timeout_s: its deadline, from when it has a worker.
+        timeout_s: its deadline, from when its turn begins.
         bus: where its events go.
-        conclude: makes the outcome of a call that a worker replied to, or, given a cause, that got no worker.
+        conclude: makes the outcome of a call that a worker replied to, or, given a cause, that got no turn.
     """
 
     def __init__(
@@ -214,7 +214,6 @@ class Call:
         self.tool = request.tool
         self.arguments = request.arguments
         self.request_id = request.request_id
-        self.announce = False
         self.worker: Worker | None = None
         # Cancelled with the caller that waits for it; the call itself then goes on and nobody is told.
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -224,21 +223,26 @@ class Call:
         self._conclude = conclude
         self._on_progress = request.on_progress
         self._started = False
-        self._began_s = 0.0
+        self._began_s: float | None = None
 
-    def begin(self, worker: Worker) -> None:
-        """It has a worker."""
+    @property
+    def announce(self) -> bool:
+        """Whether the worker is to say when it has accepted the arguments."""
+        # Until its first call begins a plugin is INITIALIZED, and bad input must leave it so.
+        return self.incarnation.status.state is State.INITIALIZED
+
+    def sent_to(self, worker: Worker) -> None:
+        """It has a worker; others may run there before."""
         self.worker = worker
-        # Until its first call begins a plugin is INITIALIZED, and bad input must leave it so: the worker then
-        # says when it has accepted the arguments.
-        self.announce = self.incarnation.status.state is State.INITIALIZED
+
+    def begins(self) -> None:
+        """Its turn."""
         self._began_s = time.perf_counter()
-        worker.begin(self)
         if not self.announce:
             self._start()
 
     def turned_away(self, cause: Cause) -> None:
-        """It gets no worker."""
+        """It gets no turn."""
         self._conclude(self, cause)
 
     def replied(self, reply: Reply) -> None:
@@ -247,8 +251,8 @@ class Call:
 
     @property
     def duration_ms(self) -> float:
-        """Since it had a worker."""
-        return (time.perf_counter() - self._began_s) * 1000
+        """Since its turn began."""
+        return 0.0 if self._began_s is None else (time.perf_counter() - self._began_s) * 1000
 
     def began(self) -> None:
         """Plugin code runs: the first call of all brings the plugin to RUNNING."""
@@ -272,8 +276,8 @@ class Call:
                 self._on_progress = None
 
     def finish(self, outcome: Outcome) -> None:
-        """It is over: publish that, if a worker had it, and tell the caller."""
-        if self.worker is not None:
+        """It is over: publish that, if it had its turn, and tell the caller."""
+        if self._began_s is not None:
             self._start()  # its arguments may have been refused before anything ran
             code = outcome.reason_code
             finished = CallFinished(

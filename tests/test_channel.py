@@ -112,6 +112,7 @@ async def test_the_output_is_read_to_its_end_however_large_the_pipe_was_made() -
     os.write(writing, line * (capacity // 64 - 1) + b"y" * 63 + b"\n")
     os.close(writing)
     output.close()
+    os.close(reading)
     assert len(lines) == capacity // 64
     assert output.tail().splitlines()[-1] == "y" * 63
 
@@ -123,9 +124,11 @@ async def test_output_that_somebody_still_holds_open_is_not_waited_for() -> None
         output = Output(reading, lambda line, _dropped: lines.append(line), 1e9)
         os.write(writing, b"all there is\nhalf")
         output.close()
-        assert lines == ["all there is", "half"]
+        output.close()
+        assert lines == ["all there is", "half"], "closed once"
     finally:
         os.close(writing)
+        os.close(reading)
 
 
 # The stack pipe.
@@ -140,7 +143,7 @@ async def test_a_stack_that_was_cut_off_by_the_end_of_its_worker_is_not_waited_f
         assert not await pipe.arrived()
         assert pipe.text().startswith("Current thread")
     finally:
-        pipe.close()
+        os.close(reading)
 
 
 # Arguments in flight.

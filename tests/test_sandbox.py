@@ -279,6 +279,7 @@ async def test_the_tail_of_the_output_is_kept_even_where_the_rate_drops_it() -> 
     os.write(writing, b"".join(b"line %d\n" % n for n in range(1000)) + b"half")
     os.close(writing)
     output.close()
+    os.close(reading)
     assert seen[:2] == [("line 0", 0), ("line 1", 0)]
     (last,) = seen[2:]
     assert last[1] == 999, "what was dropped last is told of too"

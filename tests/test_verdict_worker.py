@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,12 +27,14 @@ from zoo import fork_server, next_state
 
 from engine import Engine
 from engine.outcome import Broke, Refused
-from engine.sandbox import host, launcher, wire
+from engine.sandbox import calls, host, launcher, shm, wire
 from engine.sandbox.cgroup import End
 from engine.sandbox.channel import ProtocolBreach
+from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.spawner import SpawnFailed
 from engine.sandbox.stack import StackPipe
 from engine.sandbox.values import MAX_VALUE_BYTES
+from engine.sandbox.verdict import Ending
 from engine.startup import _Observer
 from events.envelope import PluginLog
 
@@ -357,7 +361,7 @@ NUMBERS = wire.Encoded("json", msgspec.json.encode({"numbers": list(range(400_00
 async def test_the_time_it_takes_to_read_large_arguments_is_not_the_tools(
     plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "_ARGUMENTS_S", 0.0)  # over before they can have been read
+    monkeypatch.setattr(calls, "_ARGUMENTS_S", 0.0)  # over before they can have been read
     write_plugin(plugins, "slow", SLOW, ["count"], "timeout_s = 60")
     async with hosting(plugins, data_dir) as engine:
         for _ in range(2):
@@ -375,6 +379,23 @@ async def test_the_deadline_of_a_call_with_large_arguments_counts_from_its_begin
         assert "ran past 0.2 s at plugin.py:7 in `sleep`" in outcome.error
 
 
+WAITS = """
+import os, threading, time
+from pathlib import Path
+class Plugin:
+    def __init__(self, context): pass
+    def validate(self): pass
+    def work(self, once: str) -> int:
+        def die():
+            Path(once).with_name("dying").touch()
+            os._exit(1)
+        while not os.path.exists(once):
+            time.sleep(0.001)
+        threading.Timer(0.2, die).start()
+        return 1
+"""
+
+
 class _Invocation:
     """A call that keeps its reply."""
 
@@ -384,6 +405,8 @@ class _Invocation:
     def __init__(self) -> None:
         self.reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.replied = self.reply.set_result
+
+    def begins(self) -> None: ...
 
 
 async def test_a_call_that_is_given_to_a_dead_worker_is_told_why_that_died(plugins: Path, data_dir: Path) -> None:
@@ -416,6 +439,73 @@ async def test_a_start_without_a_descriptor_left_says_so_and_leaves_none_open(
             assert "ulimit -n" in str(health.reason)
         assert (await engine.restart("honest")).state == "INITIALIZED"
         assert held() == before
+
+
+@pytest.mark.parametrize("unable", ["create_unix_connection", "watch"])
+async def test_a_worker_that_cannot_be_connected_is_ended_and_leaves_nothing(
+    unable: str, plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_honest(plugins)
+    async with Engine(settings_for(plugins, data_dir)) as engine:
+        before, processes = held(), descendants()
+        owner: Any = asyncio.get_running_loop() if unable != "watch" else MemoryWatch
+        name = unable if unable != "watch" else "add"
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOMEM, "no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            health = await engine.restart("honest")
+            assert (health.state, health.reason_code) == ("FAILED", "engine_fault")
+            assert "no memory" in str(health.reason)
+            assert list(engine.faults) == ["start honest"]
+        assert (await engine.restart("honest")).state == "INITIALIZED"
+        assert held() == before
+        await until(lambda: len(descendants()) == len(processes))
+
+
+@pytest.mark.contract(4)
+async def test_a_worker_that_dies_while_its_shared_memory_is_opened_leaves_no_descriptor(
+    plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_honest(plugins)
+    dead = threading.Event()
+
+    def opened(_pid: int) -> int:
+        dead.wait(20)
+        return os.memfd_create("shm")
+
+    async with hosting(plugins, data_dir) as engine:
+        before, last = held(), engine.bus.last
+        with monkeypatch.context() as patch:
+            patch.setattr(shm, "of", opened)
+            restarting = asyncio.create_task(engine.restart("honest"))
+            started = await next_event(engine, "worker.started", "honest", after=last)
+            os.kill(started.data.pid, signal.SIGKILL)  # type: ignore[union-attr]
+            await next_event(engine, "worker.exited", "honest", after=started.sequence)
+            dead.set()
+            assert (await restarting).reason_code == "killed_externally"
+        assert (await engine.restart("honest")).state == "INITIALIZED"
+        assert held() == before
+
+
+@pytest.mark.contract(6)
+async def test_an_answer_after_the_deadline_is_too_late(plugins: Path, data_dir: Path, tmp_path: Path) -> None:
+    once = tmp_path / "once"
+    write_plugin(plugins, "waits", WAITS, ["work"])
+    async with hosting(plugins, data_dir) as engine:
+        pool = engine.registry.get("waits").pool
+        assert pool is not None
+        (worker,) = pool.workers
+        calling = asyncio.create_task(engine.run("waits", "work", {"once": str(once)}))
+        await next_event(engine, "plugin.call.started", "waits")
+        worker._ending = Ending.TIMEOUT  # the deadline has passed; the kill comes late
+        once.touch()
+        await until(lambda: once.with_name("dying").exists())
+        outcome = await calling
+        assert isinstance(outcome, Broke)
+        assert outcome.reason_code == "tool_timeout"
 
 
 async def test_a_worker_that_the_watch_has_killed_was_over_its_limit_before_the_word_of_it_came(

@@ -32,6 +32,13 @@ class Bare:
         self.output = output
         self.status = status
         self.scratch = Path()
+        self.pid = 0
+        self.arena_out = -1
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it waits for something."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
     async def say(self, message: wire.Message) -> None:
         """Send a frame."""
@@ -75,7 +82,7 @@ async def bare_worker(scratch_root: Path) -> AsyncIterator[Bare]:
         theirs.close()
         os.close(spawned.pidfd)
         worker = Bare(ours, output, spawned.status)
-        worker.scratch = scratch
+        worker.scratch, worker.pid, worker.arena_out = scratch, spawned.pid, arenas[1]
         async with asyncio.timeout(30):
             hello = await worker.hear(wire.Hello)
             assert (hello.protocol, hello.pid) == (wire.PROTOCOL, spawned.pid)

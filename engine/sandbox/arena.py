@@ -65,6 +65,11 @@ class Arena:
             self._mapping = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, self._access)
         return self._mapping
 
+    @property
+    def used(self) -> bool:
+        """Whether this call wrote anything."""
+        return self._end > 0
+
     def reset(self, held: Iterable[Span] = ()) -> None:
         """Begin a call: what was written before may be overwritten, but for `held`."""
         self._end = 0

@@ -29,6 +29,9 @@ class Channel(asyncio.BufferedProtocol):
         self._on_lost: Callable[[str | None], None] | None = on_lost
         self._transport: asyncio.Transport | None = None
         self._frames = Frames()
+        self._soon: list[bytes] = []
+        self.paused = False
+        self.over = asyncio.Event()  # nothing more will come
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The transport is ours."""
@@ -50,8 +53,9 @@ class Channel(asyncio.BufferedProtocol):
             self._lose(f"it sent a frame that is no message ({exc})")
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        """The other side closed, or the socket broke."""
+        """The other side closed, or the socket broke, or we have closed."""
         self._lose(None)
+        self.over.set()
 
     def eof_received(self) -> bool:
         """Nothing more will come: close our side too."""
@@ -66,14 +70,26 @@ class Channel(asyncio.BufferedProtocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame)
 
+    def write_soon(self, frame: bytes) -> None:
+        """Like `write`, at once with whatever else is written so in this turn of the loop."""
+        if not self._soon:
+            asyncio.get_running_loop().call_soon(self._write_all)
+        self._soon.append(frame)
+
+    def _write_all(self) -> None:
+        frames, self._soon = self._soon, []
+        self.write(b"".join(frames))
+
     def pause(self) -> None:
         """Read nothing more: the worker waits once the socket's buffer is full."""
         if self._transport is not None and not self._transport.is_closing():
+            self.paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
         """Read on."""
         if self._transport is not None and not self._transport.is_closing():
+            self.paused = False
             self._transport.resume_reading()
 
     def close(self) -> None:

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import signal
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,17 +28,16 @@ import msgspec
 import structlog
 
 from engine.errors import Cause, ReasonCode
-from engine.outcome import Array
-from engine.sandbox import arena, shm, values, wire
+from engine.sandbox import arena, shm, wire
+from engine.sandbox.calls import Calls, Sent
 from engine.sandbox.channel import Channel, ProtocolBreach
 from engine.sandbox.evidence import Death, Failure, Process
 from engine.sandbox.fingerprint import InFlight
 from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.output import Output, RateLimit
-from engine.sandbox.replies import Broken, Invocation, Rejected, Reply, Value
+from engine.sandbox.replies import Broken, Invocation
 from engine.sandbox.spawner import ForkServerLost, Loss, Spawned, Spawner
 from engine.sandbox.stack import StackPipe
-from engine.sandbox.untrusted import Unpacker
 from engine.sandbox.verdict import (
     Ending,
     Evidence,
@@ -55,10 +53,6 @@ from engine.sandbox.verdict import (
 log = structlog.get_logger(__name__)
 
 _EXIT_WAIT_S = 0.25  # between the channel's end and the process's, before it counts as a breach
-# Arguments of this size take a while to decode, and that time is not the tool's.
-_LARGE_BYTES = 1024 * 1024
-_ARGUMENTS_S = 60.0  # for a worker to accept or refuse them
-_PROGRESS_PER_S = 20.0  # twice what an honest worker sends; each is an event
 _REAP_WAIT_S = 5.0  # for a killed process to die
 
 
@@ -94,15 +88,6 @@ class Observer(Protocol):
         """The engine's own part of the worker failed."""
 
 
-class _Running(msgspec.Struct):
-    call_id: int
-    call: Invocation
-    arguments: wire.Encoded
-    since_s: float  # of the loop's clock
-    large: bool  # its arguments take a while to decode: the deadline counts from `Began`
-    deadline: asyncio.TimerHandle
-
-
 class StartFailed(Exception):
     """The worker did not get as far as Ready; `cause` says why."""
 
@@ -114,7 +99,14 @@ class StartFailed(Exception):
 class Worker:
     """One worker process. Made by `start`; ended by `end`, or by itself."""
 
-    def __init__(self, spec: WorkerSpec, spawned: Spawned, observer: Observer, watch: MemoryWatch) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        spawned: Spawned,
+        observer: Observer,
+        watch: MemoryWatch,
+        opened: contextlib.ExitStack,
+    ) -> None:
         self.pid = spawned.pid
         self.memory_limit_bytes = spec.start.memory_bytes
         self.process_limit = spec.processes
@@ -133,15 +125,14 @@ class Worker:
         self._spawned = spawned
         self._observer = observer
         self._watch = watch
+        self._opened = opened  # all that has to be closed in the end
         self._loop = asyncio.get_running_loop()
         self._hello: asyncio.Future[wire.Hello] = self._loop.create_future()
         self._started: asyncio.Future[wire.Ready | wire.StartFailed] = self._loop.create_future()
+        self._died = asyncio.Event()  # the process has; the verdict comes later
         self._dead: asyncio.Future[Verdict] = self._loop.create_future()
         self._stage = ""
         self._main_thread = 0
-        self._running: _Running | None = None
-        self._next_call_id = 0
-        self._held: tuple[tuple[int, int], ...] = ()  # of the arena, by the plugin
         self._ending: Ending | None = None
         self._breach = ""
         self._scratch_holds = ""
@@ -150,13 +141,12 @@ class Worker:
         self._in_flight: InFlight | None = None  # the call that its end belongs to
         self._limit_s = 0.0
         self._log_rate = RateLimit(spec.log_lines_per_s)
-        self._progress_rate = RateLimit(_PROGRESS_PER_S)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def busy(self) -> bool:
         """Whether plugin code may be running."""
-        return self._running is not None or not self._started.done()
+        return not self._started.done() or not self._calls.free
 
     @property
     def dead(self) -> bool:
@@ -177,26 +167,24 @@ class Worker:
         """
         with contextlib.ExitStack() as opened:  # closed again unless the worker takes it
             ours, theirs = socket.socketpair()
-            opened.callback(ours.close)
             with theirs, contextlib.ExitStack() as given:
-                output, output_end = os.pipe2(os.O_CLOEXEC)
-                opened.callback(os.close, output)
-                given.callback(os.close, output_end)
-                stack, stack_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-                opened.callback(os.close, stack)
-                given.callback(os.close, stack_end)
-                arena_in = arena.create(spec.arena_bytes)
-                opened.callback(os.close, arena_in)
-                arena_out = arena.create(spec.start.max_result_bytes)
-                opened.callback(os.close, arena_out)
-                fds = [theirs.fileno(), output_end, stack_end, arena_in, arena_out]
-                limits = {"memory_bytes": spec.start.memory_bytes, "processes": spec.processes}
                 try:
+                    output, output_end = _pipe(opened, given, os.O_CLOEXEC)
+                    stack, stack_end = _pipe(opened, given, os.O_CLOEXEC | os.O_NONBLOCK)
+                    arena_in = arena.create(spec.arena_bytes)
+                    opened.callback(os.close, arena_in)
+                    arena_out = arena.create(spec.start.max_result_bytes)
+                    opened.callback(os.close, arena_out)
+                    fds = [theirs.fileno(), output_end, stack_end, arena_in, arena_out]
+                    limits = {"memory_bytes": spec.start.memory_bytes, "processes": spec.processes}
                     spawned = await spawner.spawn(fds, scratch, **limits)
                 except ForkServerLost as exc:
+                    ours.close()
                     raise StartFailed(lost_with(exc.loss.how, " before it began")) from exc
-            opened.pop_all()
-        worker = cls(spec, spawned, observer, watch)
+                except BaseException:
+                    ours.close()
+                    raise
+            worker = cls(spec, spawned, observer, watch, opened.pop_all())
         connecting = asyncio.ensure_future(worker._connect(ours, output, stack, arena_in, arena_out))
         try:
             await asyncio.shield(connecting)
@@ -210,18 +198,34 @@ class Worker:
     async def _connect(
         self, channel: socket.socket, output: int, stack: int, arena_in: int, arena_out: int
     ) -> None:
-        self._arena_in = arena.Arena(arena_in, writable=True)
-        self._arena_out = arena.Arena(arena_out, writable=False)
-        self._decoder = values.Decoder(self._arena_out, _make_array, unpacker=Unpacker)
-        self._stack = StackPipe(stack)
-        self._output = Output(output, self._on_output, self._spec.log_lines_per_s)
+        opened = self._opened
+        opened.callback(os.close, self._spawned.pidfd)
+        try:
+            try:
+                _, self._channel = await self._loop.create_unix_connection(
+                    lambda: Channel(self._on_message, self._on_channel_lost), sock=channel
+                )
+            except BaseException:
+                channel.close()
+                raise
+            opened.callback(self._channel.close)
+            self._arena_in = arena.Arena(arena_in, writable=True)
+            opened.callback(self._arena_in.release)
+            results = arena.Arena(arena_out, writable=False)
+            opened.callback(results.release)
+            self._calls = Calls(self, self._channel, self._arena_in, results)
+            self._stack = StackPipe(stack)
+            self._output = Output(output, self._on_output, self._spec.log_lines_per_s)
+            opened.callback(self._output.close)
+            self._loop.add_reader(self._spawned.pidfd, self._died.set)
+            opened.callback(self._loop.remove_reader, self._spawned.pidfd)
+            self._watch.add(self)
+            opened.callback(self._watch.discard, self)
+        except BaseException:  # nobody would end it, and the fork server collects it
+            self._signal(signal.SIGKILL)
+            opened.close()
+            raise
         self._observer.worker_started(self.pid)
-        self._watch.add(self)
-        _, self._channel = await self._loop.create_unix_connection(
-            lambda: Channel(self._on_message, self._on_channel_lost), sock=channel
-        )
-        self._died = asyncio.Event()
-        self._loop.add_reader(self._spawned.pidfd, self._died.set)
         self._spawned.status.add_done_callback(self._on_status)
         self._own(self._reap())
 
@@ -270,59 +274,45 @@ class Worker:
 
     # Calls.
 
+    @property
+    def free(self) -> bool:
+        """Whether it has no call at all."""
+        return self._calls.free
+
+    @property
+    def ahead(self) -> int:
+        """How many calls it has that have not begun."""
+        return self._calls.ahead
+
+    @property
+    def takes_ahead(self) -> bool:
+        """Whether a call may be sent ahead now."""
+        return self._calls.takes_ahead
+
     def begin(self, call: Invocation) -> None:
-        """Run one tool; `call.replied` is told later what came of it. One call at a time; the pool sees to it."""
+        """Run one tool, while none runs (the pool sees to that); `call.replied` is told what came of it."""
         if self.dead:
+            call.begins()
             self._loop.call_soon(call.replied, Broken(_cause_of(self._dead.result())))
-            return
-        self._next_call_id += 1
-        try:
-            encoded = self._encoded(call.arguments)
-            large = len(encoded.data) >= _LARGE_BYTES
-            frame = self._call_frame(call.tool, encoded, call.announce or large)
-        except arena.ArenaFull as exc:
-            text = f"the arguments are too large: {exc}; send less, or raise arena_bytes and [limits] memory_mib"
-            self._loop.call_soon(call.replied, Rejected("InputTooLarge", text, ReasonCode.INPUT_TOO_LARGE))
-            return
-        except Exception as exc:  # a caller's objects may raise anything while they are encoded
-            self._loop.call_soon(call.replied, Rejected("BadInput", _unsendable(call.arguments, exc)))
-            return
-        deadline = self._loop.call_later(_ARGUMENTS_S if large else call.timeout_s, self._on_deadline)
-        self._running = _Running(self._next_call_id, call, encoded, self._loop.time(), large, deadline)
-        self._channel.write(frame)
-
-    def _encoded(self, arguments: Mapping[str, Any] | wire.Encoded) -> wire.Encoded:
-        self._arena_in.reset(self._held)
-        if isinstance(arguments, wire.Encoded):
-            return arguments
-        return wire.Encoded("python", values.encode_arguments(arguments, self._arena_in))
-
-    def _call_frame(self, tool: str, arguments: wire.Encoded, announce: bool) -> bytes:
-        call = wire.Call(self._next_call_id, tool, arguments.encoding, arguments.data, announce)
-        return wire.frame(call)
-
-    def _on_deadline(self) -> None:
-        """The call has had its time, or what its caller held the worker up for is left of it."""
-        running = self._running
-        assert running is not None  # noqa: S101 - the timer is cancelled with the call
-        if running.large:
-            self._grant(running, running.call.timeout_s)
-        elif (held_s := running.call.take_held_s()) > 0:
-            self._grant(running, held_s)
         else:
-            self._limit_s = running.call.timeout_s
-            self._own(self.end(Ending.TIMEOUT))
+            self._calls.begin(call)
 
-    def _grant(self, running: _Running, time_s: float) -> None:
-        """From now on the call has so much time."""
-        running.large = False
-        running.deadline.cancel()
-        running.deadline = self._loop.call_later(time_s, self._on_deadline)
+    def send_ahead(self, call: Invocation) -> bool:
+        """Send a call while another one runs, where `takes_ahead`. False: this one has to wait for its turn."""
+        return self._calls.send_ahead(call)
 
-    def _conclude(self, running: _Running, reply: Reply) -> None:
-        running.deadline.cancel()
-        self._running = None
-        running.call.replied(reply)
+    def overdue(self, timeout_s: float) -> None:
+        """The call that runs has had its time."""
+        self._limit_s = timeout_s
+        self._own(self.end(Ending.TIMEOUT))
+
+    def broke(self, sent: Sent, failed: wire.Failed) -> Cause:
+        """A call failed in a way that takes the plugin out of service. Returns the cause."""
+        self._known = failed_call(failed, sent.call.tool, self.memory_limit_bytes)
+        self._failure = Failure(failed.error_type, failed.message, failed.where)
+        self._keep_in_flight(sent)  # now: once it is answered, its files may go
+        self._own(self.end(Ending.FAILED))
+        return self._known
 
     # The end.
 
@@ -341,7 +331,7 @@ class Worker:
         return _cause_of(await asyncio.shield(self._dead))
 
     async def _end(self) -> None:
-        if self._ending is Ending.STOP and self._running is None and self._started.done():
+        if self._ending is Ending.STOP and not self.busy:
             self._channel.close()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._dead), self._spec.stop_grace_s)
@@ -392,6 +382,7 @@ class Worker:
             raw: int | Loss | None = None
             with contextlib.suppress(TimeoutError):
                 raw = await asyncio.wait_for(asyncio.shield(self._spawned.status), _REAP_WAIT_S)
+            await self._heard_out()
             lost = raw.how if isinstance(raw, Loss) else ""
             status = ExitStatus.from_wait(raw if isinstance(raw, int) else None)
             oom_kills, at_limit = await self._kernel_kills(status, died_s)
@@ -408,6 +399,12 @@ class Worker:
             self._dead.set_result(judged)
             self._tell_death(status, judged, death)
 
+    async def _heard_out(self) -> None:
+        """What it had said before it died is told first: a call that was answered stays answered."""
+        if not self._channel.paused and not self._channel.over.is_set():
+            with contextlib.suppress(TimeoutError):  # where a process that does not die holds the other end
+                await asyncio.wait_for(self._channel.over.wait(), _EXIT_WAIT_S)
+
     def _tell_death(self, status: ExitStatus, judged: Verdict, death: Death | None) -> None:
         """To the observer, and last to the caller, who is told whatever happens to the others."""
         try:
@@ -420,8 +417,7 @@ class Worker:
         try:
             self._observer.worker_exited(self, status, judged)
         finally:
-            if self._running is not None:
-                self._conclude(self._running, Broken(_cause_of(judged)))
+            self._calls.broken(Broken(_cause_of(judged)))
 
     async def _kernel_kills(self, status: ExitStatus, died_s: float) -> tuple[int, bool]:
         """How many processes the kernel ended for memory, and whether at this worker's limit. Ends its cgroup."""
@@ -440,8 +436,8 @@ class Worker:
         return 0, False
 
     def _evidence(self, oom_kills: int, at_limit: bool, lost: str) -> Evidence:
-        if self._running is not None:
-            doing = f"`{self._running.call.tool}`"
+        if (running := self._calls.running) is not None:
+            doing = f"`{running.call.tool}`"
         else:
             doing = "" if self._started.done() else stage_name(self._stage) or "its start"
         full_bytes = shm.full_bytes(self.shm_fd)
@@ -471,8 +467,8 @@ class Worker:
 
     def _death(self, status: ExitStatus, evidence: Evidence, judged: Verdict) -> Death | None:
         """What is kept of it; None where the plugin is not to blame."""
-        if self._running is not None:
-            self._keep_in_flight(self._running)
+        if (running := self._calls.running) is not None:
+            self._keep_in_flight(running)
         in_flight, self._in_flight = self._in_flight, None
         if judged.cause is None:
             if in_flight is not None:
@@ -490,21 +486,15 @@ class Worker:
             processes=self.processes,
         )
 
-    def _keep_in_flight(self, running: _Running) -> None:
-        ran_s, call = self._loop.time() - running.since_s, running.call
+    def _keep_in_flight(self, sent: Sent) -> None:
+        ran_s, call = self._loop.time() - sent.since_s, sent.call
         info = self.tools.get(call.tool)
         parameters = "{}" if info is None else info.parameters
-        arguments, arena_fd = running.arguments, self._arena_in.fd
+        arguments, arena_fd = sent.arguments, self._arena_in.fd
         self._in_flight = InFlight(call.tool, call.request_id, ran_s, arguments, parameters, arena_fd)
 
     def _release(self) -> None:
-        self._watch.discard(self)
-        self._channel.close()
-        for mapped in (self._arena_in, self._arena_out):
-            mapped.release()
-            os.close(mapped.fd)
-        self._stack.close()
-        os.close(self._spawned.pidfd)
+        self._opened.close()
         if self.shm_fd is not None:
             shm_fd, self.shm_fd = self.shm_fd, None
             os.close(shm_fd)
@@ -515,23 +505,8 @@ class Worker:
         if self._ending in (Ending.TIMEOUT, Ending.START_TIMEOUT):
             return  # too late: the deadline has passed, and the verdict answers
         match message:
-            case wire.Result() | wire.Failed():
-                self._on_answer(message)
-            case wire.Item(call_id=call_id, value=value):
-                running = self._current(call_id)
-                try:
-                    running.call.item(self._decode(value), memoryview(value).nbytes, self._channel)
-                except (values.TooManyValues, values.NoJsonForm) as exc:
-                    self._on_answer(_unfit(call_id, exc))
-            case wire.Progress(call_id=call_id, done=done, total=total):
-                running = self._current(call_id)
-                if math.isfinite(done) and math.isfinite(total) and self._progress_rate.admit() is not None:
-                    running.call.progress(done, total)
-            case wire.Began(call_id=call_id):
-                running = self._current(call_id)
-                running.call.began()
-                if running.large:
-                    self._grant(running, running.call.timeout_s)
+            case wire.Result() | wire.Failed() | wire.Item() | wire.Progress() | wire.Began():
+                self._calls.on_message(message)
             case wire.LogLine(level=level, message=line):
                 if (dropped := self._log_rate.admit()) is not None:
                     self._observer.log_line("log", level, line, dropped)
@@ -552,44 +527,6 @@ class Worker:
         self._main_thread = hello.main_thread
         self._hello.set_result(hello)
 
-    def _current(self, call_id: int) -> _Running:
-        if self._running is None or self._running.call_id != call_id:
-            raise ProtocolBreach(f"it spoke of call {call_id}, which does not run")
-        return self._running
-
-    def _on_answer(self, answer: wire.Result | wire.Failed) -> None:
-        running = self._current(answer.call_id)
-        if any(offset < 0 or size < 0 or offset + size > self._arena_in.size for offset, size in answer.held):
-            raise ProtocolBreach("it holds on to parts of the arena that there are not")
-        self._held = answer.held
-        if isinstance(answer, wire.Result):
-            try:
-                value = self._decode(answer.value)
-            except (values.TooManyValues, values.NoJsonForm) as exc:
-                self._on_answer(_unfit(answer.call_id, exc))
-            else:
-                self._conclude(running, Value(value))
-        elif answer.kind in ("bad_input", "rejected"):
-            self._conclude(running, Rejected(answer.error_type, answer.message))
-        elif answer.kind == "input_too_large":
-            self._conclude(running, Rejected(answer.error_type, answer.message, ReasonCode.INPUT_TOO_LARGE))
-        else:
-            self._known = failed_call(answer, running.call.tool, self.memory_limit_bytes)
-            self._failure = Failure(answer.error_type, answer.message, answer.where)
-            self._keep_in_flight(running)  # now: once it is answered, its files may go
-            self._own(self.end(Ending.FAILED))
-            self._conclude(running, Broken(self._known, answer.error_type))
-
-    def _decode(self, value: msgspec.Raw) -> Any:
-        if memoryview(value).nbytes > values.MAX_VALUE_BYTES:
-            raise ProtocolBreach(f"it sent more than {values.MAX_VALUE_BYTES} bytes of plain values at once")
-        try:
-            return self._decoder.decode(value)
-        except (values.TooManyValues, values.NoJsonForm):  # a worker does not look into dataclasses
-            raise
-        except Exception as exc:  # a worker may send anything; what does not decode is its breach
-            raise ProtocolBreach(f"it sent a value that does not decode ({type(exc).__name__}: {exc})") from exc
-
     def _on_channel_lost(self, breach: str | None) -> None:
         """The channel is over: by a breach, by the worker's death, or because the plugin closed it."""
         if self._ending is None and not self.dead:
@@ -607,7 +544,7 @@ class Worker:
     def _on_output(self, line: str, dropped: int) -> None:
         self._observer.log_line("output", "info", line, dropped)
 
-    def _own(self, work: Any) -> None:
+    def _own(self, work: Coroutine[Any, Any, object]) -> None:
         """Run a coroutine that belongs to this worker."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
@@ -619,25 +556,11 @@ class Worker:
             self._observer.fault("worker", exc)
 
 
-def _unfit(call_id: int, exc: values.TooManyValues | values.NoJsonForm) -> wire.Failed:
-    """What a worker should have said of its result."""
-    if isinstance(exc, values.TooManyValues):
-        return wire.Failed(call_id, "too_large", "ResultTooLarge", f"{exc}; bytes and arrays may be longer")
-    return wire.Failed(call_id, "invalid", "TypeError", str(exc))
-
-
-def _unsendable(arguments: Mapping[str, Any] | wire.Encoded, exc: Exception) -> str:
-    """Which of the arguments it is, and why."""
-    for name, value in () if isinstance(arguments, wire.Encoded) else arguments.items():
-        try:
-            values.encode(value, None)
-        except Exception as own:  # as before
-            return f"argument `{name}` cannot be sent: {type(own).__name__}: {own}"
-    return f"the arguments cannot be sent: {type(exc).__name__}: {exc}"
-
-
-def _make_array(typestr: str, shape: tuple[int, ...], data: memoryview, _span: arena.Span | None) -> Array:
-    return Array(typestr, shape, bytes(data))
+def _pipe(ours: contextlib.ExitStack, theirs: contextlib.ExitStack, flags: int) -> tuple[int, int]:
+    reading, writing = os.pipe2(flags)
+    ours.callback(os.close, reading)
+    theirs.callback(os.close, writing)
+    return reading, writing
 
 
 def _check_tools(tools: Mapping[str, wire.ToolInfo], wanted: Collection[str]) -> None:

@@ -56,7 +56,7 @@ class Output:
     """Reads the pipe behind a worker's descriptors 1 and 2 without ever blocking.
 
     Args:
-        fd: the reading end; closed by `close`.
+        fd: the reading end, open until after `close`.
         on_line: takes each line that is within the rate.
         lines_per_s: the rate.
     """
@@ -66,6 +66,7 @@ class Output:
         self._on_line = on_line
         self._rate = RateLimit(lines_per_s)
         self._partial = b""
+        self._closed = False
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         os.set_blocking(fd, False)
         asyncio.get_running_loop().add_reader(fd, self._read)
@@ -75,7 +76,10 @@ class Output:
         return "\n".join(self._tail)
 
     def close(self) -> None:
-        """Read what is left, at most a pipe's worth, and stop. Once."""
+        """Read what is left, at most a pipe's worth, and stop. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         for _ in range(16):
             if not self._read():
                 break
@@ -84,7 +88,6 @@ class Output:
         if dropped := self._rate.take_dropped():
             self._on_line("(the lines before this one were over the rate limit)", dropped)
         asyncio.get_running_loop().remove_reader(self._fd)
-        os.close(self._fd)
 
     def _read(self) -> bool:
         """One chunk. False where there is nothing more for now."""

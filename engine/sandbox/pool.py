@@ -8,6 +8,7 @@ from typing import Protocol
 
 from engine.errors import Cause
 from engine.sandbox.host import Worker
+from engine.sandbox.replies import Invocation
 from engine.sandbox.verdict import Ending
 
 
@@ -23,22 +24,21 @@ class PoolClosed(Exception):
         self.cause = cause
 
 
-class Waiting(Protocol):
-    """A call that wants a worker. Neither method may raise."""
+class Waiting(Invocation, Protocol):
+    """A call that wants a worker."""
 
-    def begin(self, worker: Worker) -> None:
-        """It has one, for itself until it gives it back to the pool."""
-
-    def turned_away(self, cause: Cause) -> None:
-        """It gets none: the plugin left service while the call waited."""
+    def sent_to(self, worker: Worker) -> None:
+        """It has one, which it gives back to the pool in the end. It may not begin at once. Must not raise."""
 
 
 class Pool:
     """Hands out workers, first come, first served. Lives on the engine's event loop.
 
     Synchronous throughout: the worker that answers one call has the next one before the loop does anything else.
+    A worker that is the only one gets short calls even before (`engine.sandbox.calls`): among several, another one
+    might be free sooner.
 
-    Invariant: a worker is idle, or belongs to exactly one call; nobody waits while one is idle.
+    Invariant: nobody waits while a worker is idle.
 
     Args:
         workers: all INITIALIZED.
@@ -49,16 +49,18 @@ class Pool:
         self.workers = tuple(workers)
         self._queue = queue
         self._idle = deque(workers)
+        self._only = workers[0] if len(workers) == 1 else None
         self._waiting: deque[Waiting] = deque()
+        self._kept: Waiting | None = None  # the first of them, if it is known that it cannot be sent ahead
         self._closed: Cause | None = None
-        self._leased = 0
-        self._free = asyncio.Event()  # set iff no call has a worker
+        self._leased = 0  # calls that have a worker
+        self._free = asyncio.Event()  # set iff there are none
         self._free.set()
 
     @property
     def waiting(self) -> int:
-        """How many calls wait for a worker."""
-        return len(self._waiting)
+        """How many calls have not begun."""
+        return len(self._waiting) + (0 if self._only is None else self._only.ahead)
 
     def submit(self, call: Waiting) -> None:
         """Begin the call now, or once a worker is free.
@@ -69,36 +71,48 @@ class Pool:
         """
         if self._closed is not None:
             raise PoolClosed(self._closed)
-        if self._idle:
-            self._lease(self._idle.popleft(), call)
-        elif len(self._waiting) >= self._queue:
+        if not self._idle and self.waiting >= self._queue:
             raise QueueFull
-        else:
-            self._waiting.append(call)
+        self._waiting.append(call)
+        self._hand_out()
 
     def withdraw(self, call: Waiting) -> bool:
-        """Let a call go that has not begun. False: it has, and goes on."""
+        """Let a call go that no worker has. False: one has, and it goes on."""
         if call not in self._waiting:
             return False
         self._waiting.remove(call)
         return True
 
-    def _lease(self, worker: Worker, call: Waiting) -> None:
-        self._leased += 1
-        self._free.clear()
-        call.begin(worker)
-
     def give_back(self, worker: Worker) -> None:
-        """The call is over: the next one's turn."""
+        """A call is over: the next one's turn."""
         self._leased -= 1
         if self._leased == 0:
             self._free.set()
-        if self._closed is not None or worker.dead:
-            return
-        if self._waiting:
-            self._lease(worker, self._waiting.popleft())
-        else:
-            self._idle.append(worker)
+        if self._closed is None and not worker.dead:
+            if worker.free:
+                self._idle.append(worker)
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        while self._waiting:
+            call = self._waiting[0]
+            if self._idle:
+                self._lease(self._idle[0], call)
+                self._idle.popleft().begin(call)
+            elif self._only is not None and call is not self._kept and self._only.takes_ahead:
+                if not self._only.send_ahead(call):
+                    self._kept = call
+                    return
+                self._lease(self._only, call)
+            else:
+                return
+
+    def _lease(self, worker: Worker, call: Waiting) -> None:
+        self._waiting.popleft()
+        self._kept = None
+        self._leased += 1
+        self._free.clear()
+        call.sent_to(worker)
 
     def close(self, cause: Cause) -> None:
         """Refuse every call that waits or comes. The first cause stands."""

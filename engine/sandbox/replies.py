@@ -43,10 +43,19 @@ class Invocation(Protocol):
     arguments: Mapping[str, Any] | Encoded  # by name, or already encoded
     timeout_s: float  # time for which the caller held the worker up does not count
     request_id: str  # for the evidence, should the worker die
-    announce: bool  # whether `began` is wanted
+
+    @property
+    def announce(self) -> bool:
+        """Whether `began` is wanted."""
+
+    def begins(self) -> None:
+        """The worker was sent it, and runs no other. Must not raise."""
+
+    def turned_away(self, cause: Cause) -> None:
+        """It will not begin: the plugin has left service. Must not raise."""
 
     def replied(self, reply: Reply) -> None:
-        """It is over. Called once, on the event loop; must not raise."""
+        """It is over, having begun. Called once, on the event loop; must not raise."""
 
     def began(self) -> None:
         """The arguments were accepted; plugin code runs now."""

@@ -15,7 +15,7 @@ class StackPipe:
     """Reads what faulthandler writes, without ever blocking.
 
     Args:
-        fd: the reading end, non-blocking; closed by `close`.
+        fd: the reading end, non-blocking.
     """
 
     def __init__(self, fd: int) -> None:
@@ -44,10 +44,6 @@ class StackPipe:
         """Everything that was written so far."""
         self._read()
         return self._stack.decode("utf-8", "replace")
-
-    def close(self) -> None:
-        """Let go of the pipe."""
-        os.close(self._fd)
 
     def _read(self) -> bool:
         """False once nothing more can come."""

@@ -54,7 +54,14 @@ class FilePart:
         self.path = path
 
 
-def encode(value: Any, arena: Arena | None, max_value_bytes: int | None = None) -> bytes:
+class Payloads(Protocol):
+    """Where large parts go: an arena."""
+
+    def write(self, data: memoryview | bytes | bytearray) -> Span:
+        """Keep `data`. Returns where it lies. Raises ArenaFull."""
+
+
+def encode(value: Any, arena: Payloads | None, max_value_bytes: int | None = None) -> bytes:
     """The MessagePack of a value.
 
     Args:
@@ -74,12 +81,12 @@ def encode(value: Any, arena: Arena | None, max_value_bytes: int | None = None) 
     return bytes(encoded)
 
 
-def encode_arguments(arguments: Mapping[str, Any], arena: Arena) -> bytes:
+def encode_arguments(arguments: Mapping[str, Any], arena: Payloads) -> bytes:
     """Like `encode`, for a call's arguments: each long bytes argument goes to the arena by itself."""
     return encode(dict(arguments), arena)
 
 
-def _outsourced(value: Any, arena: Arena) -> Any:
+def _outsourced(value: Any, arena: Payloads) -> Any:
     """The value with its long bytes in the arena: itself, or what it holds where it is a dict or a list."""
     if isinstance(value, dict) and any(map(_is_long, value.values())):
         return {key: _outsourced(part, arena) if _is_long(part) else part for key, part in value.items()}
@@ -92,7 +99,7 @@ def _is_long(value: Any) -> bool:
     return isinstance(value, _BUFFERS) and len(value) >= THRESHOLD_BYTES
 
 
-def _encode(value: Any, arena: Arena | None) -> bytearray:
+def _encode(value: Any, arena: Payloads | None) -> bytearray:
     def hook(part: Any) -> Any:
         if isinstance(part, PurePath):
             return str(part)
@@ -192,6 +199,11 @@ class Decoder:
         # What a value refers to is bounded by the arena, however often it refers to it: every part counts again.
         self._left_bytes, self._in_arena = self._arena.size, False
         return self._decoder.decode(data)
+
+    @property
+    def used_arena(self) -> bool:
+        """Whether the last value lay in the arena, or a part of it."""
+        return self._in_arena or self._left_bytes < self._arena.size
 
     def _take(self, length: int) -> None:
         self._left_bytes -= length

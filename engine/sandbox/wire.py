@@ -17,7 +17,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import msgpack
 
-PROTOCOL = 1
+PROTOCOL = 2
 UPLOADS = "uploads"  # the folder in the scratch root where the files of calls are
 HEADER = struct.Struct("!I")
 # Larger values travel through the arena or are refused; no frame may make the other side allocate more.
@@ -81,6 +81,7 @@ class Call(Message, frozen=True, tag=2):
     encoding: str  # "python" (msgpack map) | "json" (JSON object) | "form" (msgpack map of text and files)
     arguments: bytes
     announce: bool = False  # send `Began` once the arguments are accepted
+    taken: int = 0  # as `Taken`: when this was sent
 
 
 class Encoded(msgspec.Struct, frozen=True):
@@ -88,6 +89,12 @@ class Encoded(msgspec.Struct, frozen=True):
 
     encoding: str  # "python" | "json" | "form"
     data: bytes
+
+
+class Taken(Message, frozen=True, tag=3):
+    """What the result of this call had put into the arena was copied: it may be overwritten."""
+
+    call_id: int
 
 
 # Worker to engine.
@@ -169,11 +176,15 @@ class Failed(Message, frozen=True, tag=24):
     """The call has no result."""
 
     call_id: int
-    kind: Text  # "bad_input" | "input_too_large" | "rejected" | "exception" | "memory" | "invalid" | "too_large"
+    kind: Text  # one of HARMLESS, or "exception" | "memory" | "invalid" | "too_large"
     error_type: Text
     message: Text
     where: Text = ""
     held: Held = ()
+
+
+# Kinds of `Failed` after which the plugin is as it was. After any other the worker runs nothing more.
+HARMLESS = frozenset({"bad_input", "input_too_large", "rejected"})
 
 
 class LogLine(Message, frozen=True, tag=25):
@@ -237,7 +248,7 @@ FROM_WORKER: TypeAlias = Hello | Stage | Ready | StartFailed | Began | Progress 
 
 _encoder = msgpack.Encoder()
 start_request = msgpack.Decoder(Start)
-call_request = msgpack.Decoder(Call)
+from_engine = msgpack.Decoder(Call | Taken)
 from_worker = msgpack.Decoder(FROM_WORKER)
 fork_request = msgpack.Decoder(Fork)
 from_fork_server = msgpack.Decoder(Isolated | Forked | NotForked | Exited | Serving | Lost)

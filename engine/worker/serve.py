@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -123,8 +124,7 @@ def run(descriptors: Descriptors, scratch: Path) -> int:
         return 0
     caller = Caller(channel, Path(start.folder), plugin_tools, start.max_result_bytes, descriptors)
     channel.send(wire.Ready({name: tool.info for name, tool in plugin_tools.items()}))
-    while (data := channel.receive()) is not None:
-        channel.send(caller.answer(wire.call_request.decode(data)))
+    caller.serve()
     atexit._run_exitfuncs()  # noqa: SLF001 - we leave by os._exit, which skips the plugin's own clean-up
     return 0
 
@@ -163,7 +163,7 @@ def _suicide_note(stack_fd: int, folder: Path) -> Callable[[str, tuple[Any, ...]
 
 
 class Caller:
-    """Runs one call after the other."""
+    """Runs one call after the other, in the order in which they come."""
 
     def __init__(
         self,
@@ -173,7 +173,11 @@ class Caller:
         max_result_bytes: int,
         descriptors: Descriptors,
     ) -> None:
+        self._receive = channel.receive
         self._send = channel.send
+        self._calls: deque[wire.Call] = deque()  # that came while we waited for something else
+        self._in_arena = 0  # the last call whose result lies in the arena
+        self._taken = 0  # up to this call the engine has copied what lay there
         self._folder = folder
         self._tools = plugin_tools
         self._max_result_bytes = max_result_bytes
@@ -183,14 +187,43 @@ class Caller:
         self._decoder = values.Decoder(arena_in, self._lender.make, files=True)
         self._runner: asyncio.Runner | None = None
 
-    def answer(self, call: wire.Call) -> wire.Message:
-        """Run a call; returns its `Result` or `Failed`."""
-        answer = self._answer(call)
-        held = self._lender.held()
-        return _holding(answer, held) if held else answer
+    def serve(self) -> None:
+        """Answer calls until the engine closes the channel, or a call has broken the plugin."""
+        while (call := self._next()) is not None:
+            answer = self._answer(call)
+            held = self._lender.held()
+            self._send(_holding(answer, held) if held else answer)
+            if isinstance(answer, wire.Failed) and answer.kind not in wire.HARMLESS:
+                while self._receive() is not None:  # the calls behind it are refused; the engine ends us
+                    pass
+                return
+
+    def _next(self) -> wire.Call | None:
+        if self._calls:
+            return self._calls.popleft()
+        while (frame := self._receive()) is not None:
+            message = wire.from_engine.decode(frame)
+            if isinstance(message, wire.Call):
+                return message
+            self._taken = max(self._taken, message.call_id)
+        return None
+
+    def _until_taken(self) -> None:
+        """Wait until the engine has copied the last result out of the arena."""
+        while self._taken < self._in_arena:
+            frame = self._receive()
+            if frame is None:
+                os._exit(wire.EXIT_CHANNEL_LOST)
+            message = wire.from_engine.decode(frame)
+            if isinstance(message, wire.Call):
+                self._calls.append(message)
+                self._taken = max(self._taken, message.taken)
+            else:
+                self._taken = max(self._taken, message.call_id)
 
     def _answer(self, call: wire.Call) -> wire.Result | wire.Failed:
         tool = self._tools[call.tool]
+        self._taken = max(self._taken, call.taken)
         try:
             arguments = tools.decode(tool, call.encoding, call.arguments, self._decoder)
         except tools.BadInput as exc:
@@ -264,7 +297,9 @@ class Caller:
     def _encode(self, value: Any, call_id: int, arena: Arena | None) -> Any:
         """Raises _Unsendable where the value cannot be sent."""
         try:
-            self._out.reset()
+            if arena is not None:
+                self._until_taken()
+                arena.reset()
             encoded = tools.encode_result(value, arena)
         except ArenaFull:
             raise _Unsendable(self._too_large(call_id)) from None
@@ -278,6 +313,8 @@ class Caller:
             raise _Unsendable(wire.Failed(call_id, "invalid", kind, text)) from None
         if memoryview(encoded).nbytes > min(self._max_result_bytes, wire.MAX_FRAME_BYTES - 1024):
             raise _Unsendable(self._too_large(call_id))
+        if arena is not None and arena.used:
+            self._in_arena = call_id
         return encoded
 
     def _too_large(self, call_id: int) -> wire.Failed:
