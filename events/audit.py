@@ -100,7 +100,7 @@ class AuditLog:
         with self._lock, self._noting_faults():
             self._ready()
             for part in self._missing(limit):
-                self._write(part)
+                self._write(part, [event.time for event in part])
                 written += len(part)
         return written
 
@@ -123,10 +123,11 @@ class AuditLog:
         with self._lock, self._noting_faults():
             self._ready()
             if self._last + 1 == batch.events[0].sequence:
-                self._write(batch.events)
+                for part in batch.parts():
+                    self._write(batch.events[part], batch.times[part])
                 return
-            for part in self._missing(CATCH_UP_EVENTS):
-                self._write(part)
+            for missing in self._missing(CATCH_UP_EVENTS):
+                self._write(missing, [event.time for event in missing])
 
     @contextlib.contextmanager
     def _noting_faults(self) -> Iterator[None]:
@@ -167,10 +168,10 @@ class AuditLog:
         if part:
             yield part
 
-    def _write(self, events: Sequence[Event]) -> None:
+    def _write(self, events: Sequence[Event], times: Sequence[str]) -> None:
         try:
-            for event in events:
-                self._emitter.emit_event(event)
+            for event, time in zip(events, times, strict=True):
+                self._emitter.emit_event(event, time)
         except BaseException:
             self._release()  # the chain in memory is ahead of the file; opening it again sets that right
             raise

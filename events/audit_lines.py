@@ -73,10 +73,10 @@ class Emitter(structlog.BoundLoggerBase):
         (raw,), _ = self._process_event(level, None, fields)
         getattr(self._logger, level)(raw)
 
-    def emit_event(self, event: Event) -> None:
+    def emit_event(self, event: Event, time: str) -> None:
         """The event's line, in the order a person reads in: number, time, level, what, whose, the rest."""
         level = level_of(event)
-        fields = {"sequence": event.sequence, "time": event.time, "level": level, "event": event.data.TYPE}
+        fields = {"sequence": event.sequence, "time": time, "level": level, "event": event.data.TYPE}
         if event.subject is not None:
             fields["plugin"] = event.subject
         fields["data"] = event.data

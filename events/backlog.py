@@ -32,7 +32,8 @@ class Backlog:
 
     def __init__(self, limit: int, last: int) -> None:
         """At most `limit` events, and on average `AVERAGE_BYTES` each."""
-        self.changed = threading.Condition()  # guards all that the writer and others share
+        self._lock = threading.RLock()  # guards all that the writer and others share
+        self.changed = threading.Condition(self._lock)
         self.offered = last  # the last number seen
         self.dropped = 0  # events that a gap stands for
         self.trouble: str | None = None  # why events have to wait, for the gap's `why`
@@ -51,6 +52,11 @@ class Backlog:
         return self._taken + len(self._waiting)
 
     @property
+    def waiting(self) -> int:
+        """Events that the writer has not taken yet."""
+        return len(self._waiting)
+
+    @property
     def stalled_s(self) -> float:
         """For how long the writer has not moved, though there is something to write."""
         with self.changed:
@@ -63,17 +69,19 @@ class Backlog:
             LogClosed: the log is closing.
             ValueError: its number does not follow the last one's.
         """
-        with self.changed:
+        number = event.sequence
+        with self._lock:
             if self.closing.is_set():
-                raise LogClosed(f"event {event.sequence} came after the log was closed")
-            if event.sequence != self.offered + 1:
-                raise ValueError(f"event {event.sequence} does not follow {self.offered}")
-            self.offered = event.sequence
-            self._waiting.append(event)
+                raise LogClosed(f"event {number} came after the log was closed")
+            if number != self.offered + 1:
+                raise ValueError(f"event {number} does not follow {self.offered}")
+            self.offered = number
+            waiting = self._waiting
+            waiting.append(event)
             self._waiting_bytes += _weight(event)
-            if self._taken + len(self._waiting) > self._limit:
+            if self._taken + len(waiting) > self._limit:
                 self._drop_oldest()
-            while self._waiting and self._taken_bytes + self._waiting_bytes > self._max_bytes:
+            while waiting and self._taken_bytes + self._waiting_bytes > self._max_bytes:
                 self._drop_oldest()
             if self._idle:
                 self._idle = False

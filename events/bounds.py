@@ -7,7 +7,9 @@ the last line.
 
 from __future__ import annotations
 
-from typing import Any, get_type_hints
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 from msgspec.structs import replace
@@ -16,24 +18,38 @@ from events.envelope import DATA_TYPES, EventData, PluginFacts, Transition
 
 TEXT_CHARS = 8192  # of one text; an event has two at most
 
-_TEXTS = {
+Texts = TypeVar("Texts", bound=msgspec.Struct)
+
+_TEXTS: dict[type[msgspec.Struct], tuple[str, ...]] = {
     kind: tuple(name for name, hint in get_type_hints(kind).items() if hint in (str, str | None))
     for kind in (*DATA_TYPES.values(), PluginFacts)
 }
 
 
+def _reader(names: tuple[str, ...]) -> Callable[[Any], tuple[str | None, ...]]:
+    """All of a struct's texts at once."""
+    # Of fewer than two names, `attrgetter` makes no tuple.
+    return attrgetter(*names) if len(names) > 1 else lambda data: tuple(getattr(data, name) for name in names)
+
+
+_READERS = {kind: _reader(_TEXTS[kind]) for kind in DATA_TYPES.values()}
+
+
 def bounded(data: EventData) -> EventData:
     """The same data, each text at most `TEXT_CHARS` long and without what UTF-8 does not have."""
-    changed: dict[str, Any] = {}
-    for name in _TEXTS[type(data)]:
-        text = getattr(data, name)
+    for text in _READERS[type(data)](data):
         if text is not None and (len(text) > TEXT_CHARS or not text.isascii()):
-            changed[name] = _fit(text)
+            data = _fit_all(data)
+            break
     if isinstance(data, Transition) and data.plugin is not msgspec.UNSET:
         facts = data.plugin
-        texts = {name: _fit(getattr(facts, name)) for name in _TEXTS[PluginFacts]}
-        changed["plugin"] = replace(facts, tools=tuple(map(_fit, facts.tools)), **texts)
-    return replace(data, **changed) if changed else data
+        return replace(data, plugin=replace(_fit_all(facts), tools=tuple(map(_fit, facts.tools))))
+    return data
+
+
+def _fit_all(data: Texts) -> Texts:
+    texts = {name: getattr(data, name) for name in _TEXTS[type(data)]}
+    return replace(data, **{name: text and _fit(text) for name, text in texts.items()})
 
 
 def _fit(text: str) -> str:

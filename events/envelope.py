@@ -15,7 +15,7 @@ import msgspec
 TYPE_PREFIX = "holdfast."
 
 
-class PluginFacts(msgspec.Struct, frozen=True):
+class PluginFacts(msgspec.Struct, frozen=True, gc=False):
     """What the manifest says of a plugin; rides on its entry at LOADED."""
 
     version: str = ""
@@ -24,7 +24,7 @@ class PluginFacts(msgspec.Struct, frozen=True):
     tools: tuple[str, ...] = ()
 
 
-class Transition(msgspec.Struct, frozen=True, rename={"from_": "from"}):
+class Transition(msgspec.Struct, frozen=True, gc=False, rename={"from_": "from"}):
     """A plugin changed its lifecycle state; `from` is null on its entry at LOADED."""
 
     TYPE: ClassVar[str] = "plugin.transition"
@@ -37,14 +37,14 @@ class Transition(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     plugin: PluginFacts | msgspec.UnsetType = msgspec.UNSET  # on entry only
 
 
-class Restarted(msgspec.Struct, frozen=True):
+class Restarted(msgspec.Struct, frozen=True, gc=False):
     """Somebody restarted the plugin by hand: the next incarnation begins."""
 
     TYPE: ClassVar[str] = "plugin.restarted"
     incarnation: int  # the one that begins
 
 
-class CallStarted(msgspec.Struct, frozen=True):
+class CallStarted(msgspec.Struct, frozen=True, gc=False):
     """A call was handed to a worker."""
 
     TYPE: ClassVar[str] = "plugin.call.started"
@@ -52,7 +52,7 @@ class CallStarted(msgspec.Struct, frozen=True):
     request_id: str
 
 
-class CallFinished(msgspec.Struct, frozen=True):
+class CallFinished(msgspec.Struct, frozen=True, gc=False):
     """A call that had started came to its end, however that was."""
 
     TYPE: ClassVar[str] = "plugin.call.finished"
@@ -65,7 +65,7 @@ class CallFinished(msgspec.Struct, frozen=True):
     broke: bool = False  # the plugin is to blame; bad input is not
 
 
-class CallProgress(msgspec.Struct, frozen=True):
+class CallProgress(msgspec.Struct, frozen=True, gc=False):
     """A running call said how far it is."""
 
     TYPE: ClassVar[str] = "plugin.call.progress"
@@ -75,7 +75,7 @@ class CallProgress(msgspec.Struct, frozen=True):
     total: float
 
 
-class PluginLog(msgspec.Struct, frozen=True):
+class PluginLog(msgspec.Struct, frozen=True, gc=False):
     """A line the plugin wrote; `dropped` lines before it were over the rate limit."""
 
     TYPE: ClassVar[str] = "plugin.log"
@@ -85,7 +85,7 @@ class PluginLog(msgspec.Struct, frozen=True):
     dropped: int = 0
 
 
-class WorkerStarted(msgspec.Struct, frozen=True):
+class WorkerStarted(msgspec.Struct, frozen=True, gc=False):
     """A worker process exists; the plugin has not been touched yet."""
 
     TYPE: ClassVar[str] = "worker.started"
@@ -93,7 +93,7 @@ class WorkerStarted(msgspec.Struct, frozen=True):
     incarnation: int
 
 
-class WorkerExited(msgspec.Struct, frozen=True):
+class WorkerExited(msgspec.Struct, frozen=True, gc=False):
     """A worker process is gone; `verdict` is a reason code, or `stopped` where we ended a healthy one."""
 
     TYPE: ClassVar[str] = "worker.exited"
@@ -105,7 +105,7 @@ class WorkerExited(msgspec.Struct, frozen=True):
     signal: str | None = None
 
 
-class EngineStarted(msgspec.Struct, frozen=True):
+class EngineStarted(msgspec.Struct, frozen=True, gc=False):
     """An engine opened this log; whatever ran before it is over."""
 
     TYPE: ClassVar[str] = "engine.started"
@@ -113,13 +113,13 @@ class EngineStarted(msgspec.Struct, frozen=True):
     pid: int
 
 
-class EngineStopping(msgspec.Struct, frozen=True):
+class EngineStopping(msgspec.Struct, frozen=True, gc=False):
     """The engine takes no more calls."""
 
     TYPE: ClassVar[str] = "engine.stopping"
 
 
-class Gap(msgspec.Struct, frozen=True):
+class Gap(msgspec.Struct, frozen=True, gc=False):
     """Events `first` to `last` could not be kept; this one stands in their place, numbered `first`."""
 
     TYPE: ClassVar[str] = "gap"
@@ -161,7 +161,7 @@ DATA_TYPES: dict[str, type[EventData]] = {
 EVENT_TYPES = tuple(DATA_TYPES)
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, gc=False):
     """One numbered event. `time_ns` is nanoseconds since the epoch, UTC."""
 
     sequence: int
@@ -180,7 +180,7 @@ class Event(msgspec.Struct, frozen=True):
         return rfc3339(self.time_ns)
 
 
-class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
+class CloudEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The form outside the process: CloudEvents 1.0, structured mode."""
 
     specversion: str = "1.0"
@@ -201,8 +201,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 def rfc3339(time_ns: int) -> str:
     """Nanoseconds since the epoch as RFC 3339 in UTC, with microseconds. Texts order as their times do."""
-    seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
-    return f"{_to_the_second(seconds)}.{nanoseconds // 1000:06d}Z"
+    # Most of it is the same for all of a second; `%` formats a number in half the time of an f-string.
+    return "%s.%06dZ" % (_to_the_second(time_ns // 1_000_000_000), time_ns // 1000 % 1_000_000)  # noqa: UP031
 
 
 @lru_cache(maxsize=16)
@@ -210,15 +210,15 @@ def _to_the_second(seconds: int) -> str:
     return (_EPOCH + timedelta(seconds=seconds)).isoformat()[:19]
 
 
-def encode(event: Event, source: str) -> bytes:
-    """The event as CloudEvents JSON, one line."""
+def encode(event: Event, source: str, time: str | None = None) -> bytes:
+    """The event as CloudEvents JSON, one line; `time` is `event.time`, where the caller has it already."""
     return _encoder.encode(
         CloudEvent(
             id=str(event.sequence),
             source=source,
             type=TYPE_PREFIX + event.data.TYPE,
             subject=event.subject,
-            time=event.time,
+            time=time or event.time,
             sequence=event.sequence,
             data=event.data,
         )

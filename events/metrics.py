@@ -46,6 +46,10 @@ Labels: TypeAlias = tuple[str, ...]
 Sample: TypeAlias = float | Mapping[str, float]  # a mapping is one value per `part`
 _Counts: TypeAlias = defaultdict[Labels, int]
 
+# Where what stands in a tool's counts, behind its buckets.
+_COMPLETED, _BROKE, _REJECTED, _SUM = range(len(BUCKETS) + 1, len(BUCKETS) + 5)
+_OUTCOMES = {"completed": _COMPLETED, "broke": _BROKE, "rejected": _REJECTED}
+
 
 class Metrics:
     """A bus subscriber with a registry of its own; `render` on any thread."""
@@ -57,15 +61,15 @@ class Metrics:
         self.registry.register(self)
         self.scrape_faults = 0  # readings that raised
         self._readings: list[tuple[type[Metric], str, str, Callable[[], Sample]]] = []
-        self._events: _Counts = defaultdict(int)
+        self._events: defaultdict[type[EventData], int] = defaultdict(int)
         self._transitions: _Counts = defaultdict(int)
-        self._calls: _Counts = defaultdict(int)
         self._starts: _Counts = defaultdict(int)
         self._exits: _Counts = defaultdict(int)
-        self._in_flight: _Counts = defaultdict(int)
+        self._in_flight: defaultdict[str, int] = defaultdict(int)
         self._states: dict[str, str] = {}
-        # Per (plugin, tool): a count per bucket, the last for what is above them all, then the sum in seconds.
-        self._durations: dict[Labels, list[float]] = {}
+        # Per (plugin, tool): a count per bucket, the last for what is above them all; one per outcome; the sum in
+        # seconds. One list, so that a scrape copies it at once.
+        self._calls: defaultdict[Labels, list[float]] = defaultdict(lambda: [0] * _SUM + [0.0])
         self._folds: dict[type[EventData], Callable[[str, Any], None]] = {
             Transition: self._transition,
             CallStarted: self._call_started,
@@ -79,7 +83,7 @@ class Metrics:
     def offer(self, event: Event) -> None:
         """Count one event."""
         data = event.data
-        self._events[(data.TYPE,)] += 1
+        self._events[type(data)] += 1
         if event.subject is not None:
             fold = self._folds.get(type(data))
             if fold is not None:
@@ -92,21 +96,19 @@ class Metrics:
         self._states[plugin] = data.to
         self._transitions[(plugin, data.to, data.reason_code or "")] += 1
         if data.from_ is None:
-            self._in_flight[(plugin,)] = 0
+            self._in_flight[plugin] = 0
 
     def _call_started(self, plugin: str, _data: CallStarted) -> None:
-        self._in_flight[(plugin,)] += 1
+        self._in_flight[plugin] += 1
 
     def _call_finished(self, plugin: str, data: CallFinished) -> None:
-        self._in_flight[(plugin,)] = max(0, self._in_flight[(plugin,)] - 1)
-        outcome = "completed" if data.ok else "broke" if data.broke else "rejected"
-        self._calls[(plugin, data.tool, outcome)] += 1
-        counts = self._durations.get((plugin, data.tool))
-        if counts is None:
-            counts = self._durations[(plugin, data.tool)] = [0] * (len(BUCKETS) + 1) + [0.0]
+        if in_flight := self._in_flight[plugin]:
+            self._in_flight[plugin] = in_flight - 1
+        counts = self._calls[plugin, data.tool]
         seconds = data.duration_ms / 1000
         counts[bisect_left(BUCKETS, seconds)] += 1
-        counts[-1] += seconds
+        counts[_COMPLETED if data.ok else _BROKE if data.broke else _REJECTED] += 1
+        counts[_SUM] += seconds
 
     def _worker_started(self, plugin: str, _data: WorkerStarted) -> None:
         self._starts[(plugin,)] += 1
@@ -184,22 +186,30 @@ class Metrics:
             for name in STATES:
                 state.add_metric([plugin, name], float(name == current))
         yield state
-        for name, documentation, labels, counts in (
-            ("holdfast_transitions", "State changes.", ["plugin", "to", "reason_code"], self._transitions),
-            ("holdfast_calls", "Calls that ended.", ["plugin", "tool", "outcome"], self._calls),
-            ("holdfast_worker_starts", "Workers started.", ["plugin"], self._starts),
-            ("holdfast_worker_exits", "Workers gone.", ["plugin", "verdict"], self._exits),
-            ("holdfast_events", "Events published.", ["type"], self._events),
+        calls = {key: counts.copy() for key, counts in self._calls.copy().items()}
+        ended = {
+            (*key, outcome): counts[place]
+            for key, counts in calls.items()
+            for outcome, place in _OUTCOMES.items()
+            if counts[place]
+        }
+        published = {(kind.TYPE,): count for kind, count in self._events.copy().items()}
+        for name, documentation, labels, counters in (
+            ("holdfast_transitions", "State changes.", ["plugin", "to", "reason_code"], self._transitions.copy()),
+            ("holdfast_calls", "Calls that ended.", ["plugin", "tool", "outcome"], ended),
+            ("holdfast_worker_starts", "Workers started.", ["plugin"], self._starts.copy()),
+            ("holdfast_worker_exits", "Workers gone.", ["plugin", "verdict"], self._exits.copy()),
+            ("holdfast_events", "Events published.", ["type"], published),
         ):
             counter = CounterMetricFamily(name, documentation, labels=labels)
-            for key, count in counts.copy().items():
+            for key, count in counters.items():
                 counter.add_metric(key, count)
             yield counter
         in_flight = GaugeMetricFamily("holdfast_calls_in_flight", "Calls running now.", labels=["plugin"])
-        for key, count in self._in_flight.copy().items():
-            in_flight.add_metric(key, count)
+        for plugin, running in self._in_flight.copy().items():
+            in_flight.add_metric([plugin], running)
         yield in_flight
-        yield self._collect_durations()
+        yield _durations(calls)
         for kind, name, documentation, read in self._readings:
             family = self._collect_reading(kind, name, documentation, read)
             if family is not None:
@@ -207,19 +217,6 @@ class Metrics:
         yield CounterMetricFamily(
             "holdfast_scrape_faults", "Readings that raised while scraped.", value=self.scrape_faults
         )
-
-    def _collect_durations(self) -> Metric:
-        family = HistogramMetricFamily(
-            "holdfast_call_duration_seconds", "Duration of calls.", labels=["plugin", "tool"]
-        )
-        for key, live in self._durations.copy().items():
-            *counts, total = live.copy()
-            buckets, so_far = [], 0.0
-            for bound, count in zip((*BUCKETS, float("inf")), counts, strict=True):
-                so_far += count
-                buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), so_far))
-            family.add_metric(key, buckets, total)
-        return family
 
     def _collect_reading(
         self, kind: type[Metric], name: str, documentation: str, read: Callable[[], Sample]
@@ -235,3 +232,16 @@ class Metrics:
         for part, value in reading.items() if isinstance(reading, Mapping) else [(None, reading)]:
             family.add_metric([part] if by_part else [], float(value))
         return family  # type: ignore[no-any-return]
+
+
+def _durations(calls: Mapping[Labels, list[float]]) -> Metric:
+    family = HistogramMetricFamily(
+        "holdfast_call_duration_seconds", "Duration of calls.", labels=["plugin", "tool"]
+    )
+    for key, counts in calls.items():
+        buckets, so_far = [], 0.0
+        for bound, count in zip((*BUCKETS, float("inf")), counts, strict=False):
+            so_far += count
+            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), so_far))
+        family.add_metric(key, buckets, counts[_SUM])
+    return family

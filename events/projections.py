@@ -28,7 +28,7 @@ from events.envelope import (
 )
 
 
-class PluginView(msgspec.Struct, frozen=True):
+class PluginView(msgspec.Struct, frozen=True, gc=False):
     """Everything the events say about one plugin."""
 
     name: str
@@ -149,17 +149,18 @@ def fold_all(events: Iterable[Event], views: Views | None = None) -> Views:
 
 
 def _apply(views: dict[str, PluginView], event: Event) -> None:
-    if event.subject is None:
-        if isinstance(event.data, EngineStarted):
+    subject, data = event.subject, event.data
+    if subject is None:
+        if isinstance(data, EngineStarted):
             for name, view in list(views.items()):
                 views[name] = replace(view, present=False, in_flight=0, pids=(), as_of=event.sequence)
         return
-    if isinstance(event.data, Gap):
+    if isinstance(data, Gap):
         return
-    view = views.get(event.subject) or PluginView(event.subject, present=False)
+    view = views.get(subject) or PluginView(subject, present=False)
     if not view.present:  # it enters this engine run: plugins stand in the order in which they do
-        views.pop(event.subject, None)
-    views[event.subject] = _FOLDS.get(type(event.data), _seen)(view, event, event.data)
+        views.pop(subject, None)
+    views[subject] = _FOLDS.get(type(data), _seen)(view, event, data)
 
 
 def health(view: PluginView, now_ns: int, memory_bytes: int | None = None) -> Health:

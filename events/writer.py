@@ -10,14 +10,15 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from events.backlog import Backlog
-from events.envelope import CallFinished, CallProgress, Event, Gap, encode
+from events.envelope import CallFinished, CallProgress, Event, EventData, Gap, encode
+from events.pace import Pace
 from events.projections import HealthProjection
 from events.record import CorruptLog, LogUnavailable, Record, explain
 from events.retention import Retention
@@ -36,10 +37,16 @@ log = structlog.get_logger(__name__)
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """What became durable at once: the events and, in the same order, their records."""
+    """What became durable at once: the events and, in the same order, their times (RFC 3339) and records."""
 
     events: list[Event]
+    times: list[str]
     records: list[Record]
+    pace: Pace
+
+    def parts(self) -> Iterator[slice]:
+        """Which events to treat at a time: a listener that does something for each lets others run in between."""
+        return self.pace.parts(len(self.events))
 
 
 class Writer:
@@ -65,6 +72,7 @@ class Writer:
         self._durable = durable
         self._snapshot_at = snapshot  # the number that the kept snapshot is of
         self._projection = projection  # of what is durable, for the snapshots
+        self._pace = Pace(lambda: backlog.waiting)
         self._on_durable = on_durable
         self._note_fault = note_fault
         self._retention = Retention(
@@ -109,17 +117,18 @@ class Writer:
 
     def _write_all(self) -> bool:
         while (events := self._backlog.take(BATCH_EVENTS, self._retention.pause_s)) != []:
-            if events is not None and not self._write_batch(self._encode(events)):
+            if events is not None and not self._write_batch(events):
                 return False
             self._retention.turn(self._durable, self._snapshot_at, len(events or ()))
             if len(self._backlog) < BATCH_EVENTS:
                 self._backlog.closing.wait(GATHER_S)
         return True
 
-    def _write_batch(self, batch: Batch) -> bool:
-        """Fold it, make it durable, hand it on. False: the closing deadline came first."""
-        for event in batch.events:
-            self._projection.apply(event)
+    def _write_batch(self, events: list[Event]) -> bool:
+        """Encode and fold them, make them durable, hand them on. False: the closing deadline came first."""
+        batch = Batch([], [], [], self._pace)
+        for part in self._pace.parts(len(events)):
+            self._encode(events[part], batch)
         if not self._write(batch.records):
             return False
         self._durable = batch.records[-1].end
@@ -128,23 +137,23 @@ class Writer:
             self._save_snapshot()
         return True
 
-    def _encode(self, events: list[Event]) -> Batch:
-        batch = Batch([], [])
+    def _encode(self, events: list[Event], batch: Batch) -> None:
         for offered in events:
-            event = offered
+            event, time_text = offered, offered.time
             try:
-                _check_finite(event)
-                json = encode(event, self._source)
+                _check_finite(event.data)
+                json = encode(event, self._source, time_text)
             except Exception as exc:  # data from a plugin: lone surrogates, numbers that JSON does not have
                 self._note_fault("encode", exc)
                 number, why = offered.sequence, f"{offered.type} has no JSON form: {type(exc).__name__}"
                 event = Event(number, offered.time_ns, None, Gap(number, number, why))
-                json = encode(event, self._source)
+                json = encode(event, self._source, time_text)
                 with self._backlog.changed:
                     self._backlog.dropped += 1
+            self._projection.apply(event)
             batch.events.append(event)
-            batch.records.append(Record(event.sequence, event.type, event.subject, json))
-        return batch
+            batch.times.append(time_text)
+            batch.records.append(Record(event.sequence, event.data.TYPE, event.subject, json))
 
     def _write(self, records: list[Record]) -> bool:
         """Make them durable however long it takes; False if the closing deadline came first."""
@@ -209,12 +218,13 @@ class Writer:
         return self._snapshot_at
 
 
-def _check_finite(event: Event) -> None:
+def _check_finite(data: EventData) -> None:
     """NaN and infinity would be written as null, and not be read again."""
-    numbers: tuple[float, ...] = ()
-    if isinstance(event.data, CallFinished):
-        numbers = (event.data.duration_ms,)
-    elif isinstance(event.data, CallProgress):
-        numbers = (event.data.done, event.data.total)
-    if not all(map(math.isfinite, numbers)):
+    if isinstance(data, CallFinished):
+        finite = math.isfinite(data.duration_ms)
+    elif isinstance(data, CallProgress):
+        finite = math.isfinite(data.done) and math.isfinite(data.total)
+    else:
+        return
+    if not finite:
         raise ValueError("not a finite number")

@@ -1,0 +1,63 @@
+"""How the log's thread shares the interpreter with the event loop."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+import events.pace
+from events.audit import AuditLog, verify
+from events.bus import EventBus
+from events.envelope import CallStarted
+from events.log import EventLog
+from events.pace import PART_EVENTS, PAUSE_S, Pace
+from events.projections import HealthProjection
+
+LONG_S = 20.0
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Each pause that was made, in seconds."""
+    made: list[float] = []
+    real = time.sleep
+
+    def sleep(seconds: float) -> None:
+        made.append(seconds)
+        real(seconds)
+
+    monkeypatch.setattr(events.pace, "sleep", sleep)
+    return made
+
+
+@pytest.mark.parametrize("count", [0, 1, PART_EVENTS, PART_EVENTS + 1, 10 * PART_EVENTS + 7])
+def test_parts_are_all_of_a_batch_in_order_with_a_pause_between(count: int, pauses: list[float]) -> None:
+    numbers = list(range(count))
+    parts = [numbers[part] for part in Pace(lambda: 0).parts(count)]
+    assert [number for part in parts for number in part] == numbers
+    assert all(0 < len(part) <= PART_EVENTS for part in parts)
+    assert pauses == [PAUSE_S] * max(0, len(parts) - 1)
+
+
+def test_parts_grow_with_what_waits_and_shrink_again_with_it() -> None:
+    waiting = iter([0, 3200, 320_000, 0, 0, 0])
+    sizes = [part.stop - part.start for part in Pace(lambda: next(waiting)).parts(10_200)]
+    assert sizes == [32, 100, 10_000, 32, 32, 4]
+
+
+def test_a_batch_is_written_and_audited_in_parts_and_nothing_is_lost(tmp_path: Path, pauses: list[float]) -> None:
+    """The writer and the audit each pause between their parts of it."""
+    with EventLog.open(tmp_path / "events.db", source="test") as log:
+        audit = AuditLog.open(tmp_path / "audit.jsonl")
+        audit.attach(log)
+        bus = EventBus(HealthProjection())
+        bus.subscribe(log)
+        with log._changed:  # the writer takes them at once
+            for number in range(10 * PART_EVENTS):
+                bus.publish(CallStarted("read", str(number)), "ocr")
+        assert log.flush(LONG_S)
+        assert len(pauses) == 2 * 9
+        assert verify(audit.path, last=10 * PART_EVENTS).ok
+    audit.close()
