@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from engine.loader.findings import Finding
-from engine.loader.manifest import Limits, Package
+from engine.loader.manifest import Limits, Package, Sandbox
 from engine.registry import Incarnation
 
 
@@ -36,6 +36,7 @@ class PluginDescription(msgspec.Struct, frozen=True):
     packages: tuple[str | Package, ...] = ()
     models: dict[str, str] = {}
     limits: Limits | None = None
+    sandbox: Sandbox | None = None  # what it gives up beyond what no plugin has
     tools: tuple[ToolDescription, ...] = ()
     checks: tuple[Finding, ...] = ()
 
@@ -61,6 +62,7 @@ def describe(incarnation: Incarnation) -> PluginDescription:
         packages=manifest.packages,
         models=manifest.models,
         limits=manifest.limits,
+        sandbox=manifest.sandbox,
         tools=_tools(incarnation),
         checks=tuple(incarnation.findings),
     )

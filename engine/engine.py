@@ -22,6 +22,7 @@ from engine.crash_store import CrashStore
 from engine.crashes import Crash
 from engine.description import PluginDescription, describe
 from engine.errors import Cause, HoldfastError, ReasonCode, SetupError, UnknownPlugin
+from engine.health_json import HealthJson
 from engine.lifecycle.states import Trigger
 from engine.loader.discovery import discover, reread
 from engine.loader.gpu import GpuCheck
@@ -31,6 +32,7 @@ from engine.registry import Incarnation, PluginRegistry
 from engine.runner import ToolRunner
 from engine.sandbox import cgroup
 from engine.sandbox.containment import supported
+from engine.sandbox.host import Worker
 from engine.sandbox.launcher import remove
 from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.spawner import Spawner
@@ -42,7 +44,7 @@ from events.bus import EventBus, Fault
 from events.envelope import EngineStarted, EngineStopping, Event, decode
 from events.log import CorruptLog, EventLog, LogUnavailable
 from events.metrics import Metrics
-from events.projections import Health, HealthProjection, health
+from events.projections import Health, HealthProjection, PluginView, health
 
 log = structlog.get_logger(__name__)
 
@@ -81,6 +83,7 @@ class Engine:
         self._starts: dict[str, asyncio.Task[None]] = {}  # the latest of each plugin
         self._restarting: dict[str, asyncio.Lock] = {}
         self._pulse = Pulse()
+        self._health_json = HealthJson(self._workers)
         self._settled = False
         self._stopping = False
 
@@ -123,7 +126,7 @@ class Engine:
             if cgroups is not None:
                 stack.push_async_callback(asyncio.to_thread, self._close_cgroups, cgroups)
             self._cgroup = adopted.text()
-            self._spawner = Spawner(self.scratch_root, hidden, cgroups)
+            self._spawner = Spawner(self.scratch_root, self.note_fault, hidden, cgroups)
             stack.push_async_callback(self._spawner.close)
             stack.push_async_callback(self._cancel_tasks)
             self._watch = MemoryWatch(settings.memory_interval_s, self.note_fault)
@@ -308,16 +311,24 @@ class Engine:
         Raises:
             UnknownPlugin: with the nearest name there is.
         """
-        view = self.bus.projection.view(name)
-        if view is None:
-            self.registry.get(name)  # raises, with the nearest name
-            raise UnknownPlugin(f"there is no plugin `{name}`")
-        return health(view, time.time_ns(), self._memory_bytes(name))
+        return health(self._view(name), time.time_ns(), self._memory_bytes(name))
 
     def plugins(self) -> list[Health]:
         """The health of all plugins, in the order of their discovery."""
         now_ns = time.time_ns()
         return [health(view, now_ns, self._memory_bytes(view.name)) for view in self.bus.projection.views()]
+
+    def health_json(self, name: str) -> bytes:
+        """`health`, as JSON.
+
+        Raises:
+            UnknownPlugin: with the nearest name there is.
+        """
+        return self._health_json.one(self._view(name), time.time_ns())
+
+    def plugins_json(self) -> bytes:
+        """`plugins`, as JSON."""
+        return self._health_json.all(self.bus.projection.views(), time.time_ns())
 
     def describe(self, name: str) -> PluginDescription:
         """A plugin's manifest, tools and checks.
@@ -370,14 +381,23 @@ class Engine:
         """Whether calls are taken and events are kept."""
         return all(part.ok for part in self.parts())
 
+    def _view(self, name: str) -> PluginView:
+        view = self.bus.projection.view(name)
+        if view is None:
+            self.registry.get(name)  # raises, with the nearest name
+            raise UnknownPlugin(f"there is no plugin `{name}`")
+        return view
+
     def _memory_bytes(self, name: str) -> int | None:
+        return sum(worker.memory_bytes for worker in self._workers(name)) or None
+
+    def _workers(self, name: str) -> list[Worker]:
+        """A plugin's live workers."""
         try:
             pool = self.registry.get(name).pool
         except UnknownPlugin:  # another thread is about to register what it has just published
-            return None
-        if pool is None:
-            return None
-        return sum(worker.memory_bytes for worker in pool.workers if not worker.dead) or None
+            return []
+        return [] if pool is None else [worker for worker in pool.workers if not worker.dead]
 
     # Faults and tasks.
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import uuid
 from typing import Any, ClassVar, TypeAlias
 
 import msgspec
 
 from engine.errors import HoldfastError, ReasonCode
+
+# Unlike any other: within this process by its number, and among processes by what it begins with.
+new_request_id = map(f"{uuid.uuid4().hex[:20]}{{:012x}}".format, itertools.count()).__next__
 
 
 class Array:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from http_support import Lab, client_of, raw_request, rest_of, serving, write_lab
-from support import next_event, settings_for, write_honest, write_plugin
+from support import HONEST, next_event, settings_for, write_honest, write_plugin
 
 from engine import Engine
 from engine.api.app import all_routes, create_app
@@ -82,6 +82,25 @@ async def test_description_has_the_tools_with_their_schemas(plugins: Path, data_
     assert tools["count"]["streams"]
     assert tools["count"]["progress"]
     assert "settings" not in described
+
+
+async def test_description_says_what_the_plugin_gave_up(plugins: Path, data_dir: Path) -> None:
+    write_honest(plugins)
+    confined = '[sandbox]\nnetwork = false\nfilesystem = "read-only"\nwrite = ["/srv/out"]'
+    write_plugin(plugins, "confined", HONEST, ["echo"], head=confined)
+    (plugins / "broken").mkdir()
+    (plugins / "broken" / "plugin.toml").write_text("name = ")
+    async with serving(plugins, data_dir) as lab:
+        shown = {
+            name: (await lab.get(f"/v1/plugins/{name}"))[1]["sandbox"] for name in ("honest", "confined", "broken")
+        }
+        _, document = await lab.get("/openapi.json")
+    assert shown == {
+        "honest": {"network": True, "filesystem": "open", "read": [], "write": []},
+        "confined": {"network": False, "filesystem": "read-only", "read": [], "write": ["/srv/out"]},
+        "broken": None,
+    }
+    assert set(document["components"]["schemas"]["Sandbox"]["properties"]) == set(shown["honest"])
 
 
 async def test_readiness_waits_for_the_plugins_to_settle_and_ends_with_the_stop(

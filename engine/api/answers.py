@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import msgspec
-from aiohttp import web
 
-from engine.api.errors import JSON_TYPE, REQUEST_ID, printable
+from engine.api.errors import REQUEST_ID, printable
+from engine.api.response import Response
 from engine.engine import Engine
 from engine.errors import ReasonCode, UnknownPlugin
 from engine.outcome import Broke, Completed, Outcome, Refused, encode_hook
@@ -67,18 +67,13 @@ class Told(NamedTuple):
         return status_of(self.outcome)
 
 
-def tell(outcome: Outcome, state: str | None) -> Told:
-    """The outcome's JSON.
-
-    Args:
-        outcome: of the call.
-        state: the plugin's present one.
-    """
+def tell(outcome: Outcome, engine: Engine, plugin: str) -> Told:
+    """The JSON of the outcome of a call of `plugin`."""
     if isinstance(outcome, Completed):
         try:
             return Told(outcome, _encoder.encode(outcome))
         except Exception as exc:  # a worker's value may be anything that MessagePack can hold
-            outcome = no_json(exc, state, outcome.request_id)
+            outcome = no_json(exc, state_of(engine, plugin), outcome.request_id)
     failed = FailedCall(
         error=printable(outcome.error),
         error_type=outcome.error_type,
@@ -114,9 +109,9 @@ def encode_line(name: str, value: Any) -> bytes:
     return b'{"%s":%s}\n' % (name.encode(), _encoder.encode(value))
 
 
-def told_response(told: Told, status: int | None = None) -> web.Response:
+def told_response(told: Told, status: int | None = None) -> Response:
     """The answer that tells an outcome; `status` where HTTP has a finer one than the outcome."""
     headers = {REQUEST_ID: told.outcome.request_id}
     if told.outcome.reason_code is ReasonCode.QUEUE_FULL:
         headers["Retry-After"] = str(RETRY_AFTER_S)
-    return web.Response(status=status or told.status, body=told.body, content_type=JSON_TYPE, headers=headers)
+    return Response(told.body, status=status or told.status, headers=headers)

@@ -18,11 +18,12 @@ import structlog
 from aiohttp import web
 
 from engine import descriptors
+from engine.api.body import BodyLimits
 from engine.api.budget import Budget
-from engine.api.errors import JSON_TYPE
 from engine.api.guard import is_loopback, middleware
 from engine.api.keys import (
     BACKGROUND,
+    BODY_LIMITS,
     ENGINE,
     KEEP_ALIVE_S,
     PENDING,
@@ -33,6 +34,7 @@ from engine.api.keys import (
     Streams,
 )
 from engine.api.openapi import Answer, Route, document
+from engine.api.response import JSON_TYPE, Response
 from engine.api.routes import ROUTES
 from engine.api.server import Runner
 from engine.api.tokens import Tokens
@@ -59,8 +61,8 @@ def all_routes() -> tuple[Route, ...]:
     return (*ROUTES, openapi)
 
 
-async def _openapi(request: web.Request) -> web.Response:
-    return web.Response(body=request.app[_DOCUMENT], content_type=JSON_TYPE)
+async def _openapi(request: web.Request) -> Response:
+    return Response(request.app[_DOCUMENT])
 
 
 _DOCUMENT = web.AppKey("openapi", bytes)
@@ -89,9 +91,14 @@ def create_app(engine: Engine, tokens: Tokens) -> web.Application:
         app.router.add_route(route.method, route.path, route.handler)
         if route.method == "GET" and not route.endless:
             app.router.add_route("HEAD", route.path, route.handler)
+    app.on_startup.append(_set_limits)
     app.on_shutdown.append(_end_streams)
     app.on_cleanup.append(_end_background)
     return app
+
+
+async def _set_limits(app: web.Application) -> None:
+    app[BODY_LIMITS] = BodyLimits.of(app[ENGINE].settings, app[STALL_S])
 
 
 async def _end_streams(app: web.Application) -> None:

@@ -22,7 +22,7 @@ from engine.api.budget import Share
 from engine.api.errors import Problem
 from engine.errors import ReasonCode
 from engine.sandbox.launcher import remove
-from engine.sandbox.values import FilePart, encode
+from engine.sandbox.values import Encoder, FilePart
 from engine.sandbox.wire import MAX_FRAME_BYTES, Encoded
 from engine.settings import Settings
 
@@ -79,6 +79,7 @@ class _Sender:
     async def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which reads the body. Raises BodyRefused: 408, it comes too slowly."""
         stall_s = self._limits.stall_s
+        self._credit()
         began_s = self._loop.time()
         try:
             async with asyncio.timeout(max(0.0, stall_s - self._waited_s)):
@@ -88,8 +89,12 @@ class _Sender:
             raise BodyRefused(408, ReasonCode.BAD_INPUT, "BodyStalled", text) from None
         finally:
             self._waited_s += self._loop.time() - began_s
-            if self._content.total_bytes - self._from_bytes >= self._limits.stall_bytes:
-                self._waited_s, self._from_bytes = 0.0, self._content.total_bytes
+            self._credit()
+
+    def _credit(self) -> None:
+        """Patience begins anew with so many bytes, whether or not somebody waited for them."""
+        if self._content.total_bytes - self._from_bytes >= self._limits.stall_bytes:
+            self._waited_s, self._from_bytes = 0.0, self._content.total_bytes
 
 
 class Spool:
@@ -106,23 +111,26 @@ class Spool:
     def __init__(self, root: Path, memory: Share, disk: Share) -> None:
         self.memory = memory
         self.disk = disk
-        self._folder = root / uuid.uuid4().hex
+        self._root = root
+        self._folder: Path | None = None  # once there is a file
         self._count = 0
 
     def file(self, filename: str) -> _File:
         """The next file; it exists once something was written."""
         plain = _NOT_PLAIN.sub("_", PurePath(filename).name)[-_MAX_NAME:].lstrip(".")
         self._count += 1
+        if self._folder is None:
+            self._folder = self._root / uuid.uuid4().hex
         return _File(self._folder / str(self._count) / (plain or "file"))
 
     @property
     def lasting(self) -> bool:
         """Whether there is something to remove or to give back when the call has ended."""
-        return self._count > 0 or self.memory.held_bytes > _FLEETING_BYTES
+        return self._folder is not None or self.memory.held_bytes > _FLEETING_BYTES
 
     async def remove(self) -> None:
         """Remove all of it, if anything was kept."""
-        if self._count > 0:
+        if self._folder is not None:
             await asyncio.to_thread(remove, self._folder)
         self.release()
 
@@ -177,9 +185,11 @@ async def read_arguments(request: web.Request, limits: BodyLimits, spool: Spool)
 
 async def _read_json(request: web.Request, limits: BodyLimits, spool: Spool) -> bytes:
     _check_size(request.content_length, limits.json_bytes)
-    sender = _Sender(request.content, limits)
+    content = request.content
+    sender = _Sender(content, limits)
     body = bytearray()
-    while chunk := await sender.wait(request.content.readany()):
+    while not content.at_eof():
+        chunk = content.read_nowait() or await sender.wait(content.readany())  # no timer for what is there
         spool.memory.take(len(chunk))
         body += chunk
         _check_size(len(body), limits.json_bytes)
@@ -189,7 +199,7 @@ async def _read_json(request: web.Request, limits: BodyLimits, spool: Spool) -> 
 async def _read_form(request: web.Request, limits: BodyLimits, spool: Spool) -> Encoded:
     _check_size(request.content_length, limits.body_bytes)
     try:
-        return Encoded("form", encode(await _read_parts(request, limits, spool), None))
+        return Encoded("form", Encoder(None).encode(await _read_parts(request, limits, spool)))
     except (BodyRefused, Problem, OSError):
         raise
     except Exception as exc:  # aiohttp's reader raises whatever its parser stumbled over

@@ -7,7 +7,8 @@ A client that is too slow with its head is told 408 where it has begun one, and 
 answer is cut off.
 
 aiohttp has no deadline for a request's head and no bound on connections; the seam is its protocol class. Of its
-internals this uses two: `_waiter`, which is pending while no request is there, and `_request_count`.
+internals this uses three: `_waiter`, which is pending while no request is there, `_request_count`, and
+`_reading_paused`, which is set while nothing is read for the body's sake.
 """
 
 from __future__ import annotations
@@ -99,6 +100,11 @@ class Connection(web.RequestHandler):
             self.waits_since_s, self._begun = None, False
         elif not self._begun and data and self._awaits_head():
             self.waits_since_s, self._begun = self._loop.time(), True
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Read again what comes of a body. aiohttp asks for it with each piece that is taken, paused or not."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
 
     def enter_crowd(self) -> None:
         """From now on it can only read health: the answer to anything else ends it, whatever it still sends."""

@@ -6,16 +6,16 @@ the answer. A call's own trouble is no `Problem`: it is an `Outcome`, see `answe
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from http import HTTPStatus
 
 import msgspec
 from aiohttp import web
 
+from engine.api.response import JSON_TYPE, Response
 from engine.errors import ReasonCode
+from engine.outcome import new_request_id
 
-JSON_TYPE = "application/json"
 REQUEST_ID = "X-Request-Id"
 RETRY_AFTER_S = 1  # places become free at any moment
 
@@ -86,18 +86,18 @@ def _is_request_id(text: str) -> bool:
     return 0 < len(text) <= _MAX_REQUEST_ID and all("!" <= character <= "~" for character in text)
 
 
-def error_response(request: web.BaseRequest, problem: Problem) -> web.Response:
+def error_response(request: web.BaseRequest, problem: Problem) -> Response:
     """The answer to a request that cannot be served."""
     given = request.headers.get(REQUEST_ID)
-    request_id = given if given is not None and _is_request_id(given) else uuid.uuid4().hex
+    request_id = given if given is not None and _is_request_id(given) else new_request_id()
     body = _encoder.encode(ErrorBody(printable(problem.error), problem.reason_code, request_id))
     headers = {**problem.headers, REQUEST_ID: request_id}
-    return web.Response(status=problem.status, body=body, content_type=JSON_TYPE, headers=headers)
+    return Response(body, status=problem.status, headers=headers)
 
 
 def raw_answer(problem: Problem) -> bytes:
     """The same answer as bytes, for a connection on which no request is there yet. It ends the connection."""
-    request_id = uuid.uuid4().hex
+    request_id = new_request_id()
     body = _encoder.encode(ErrorBody(printable(problem.error), problem.reason_code, request_id))
     headers = {
         "Content-Type": JSON_TYPE,

@@ -18,9 +18,10 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from engine.api.errors import JSON_TYPE, Problem, bad_input
+from engine.api.errors import Problem, bad_input
 from engine.api.keys import ENGINE, KEEP_ALIVE_S, STALL_S, STREAMS
 from engine.api.outlet import Outlet
+from engine.api.response import JSON_TYPE, Response
 from engine.errors import ReasonCode
 from events.cursor import Cursor, Filter
 from events.envelope import EVENT_TYPES, TYPE_PREFIX, CloudEvent
@@ -72,7 +73,7 @@ def _number(name: str, text: str) -> int:
     return int(text)
 
 
-async def _page(request: web.Request, chosen: Filter) -> web.Response:
+async def _page(request: web.Request, chosen: Filter) -> Response:
     query = request.query
     after = _number("after", query.get("after", "0"))
     limit = _number("limit", query.get("limit", str(DEFAULT_LIMIT)))
@@ -83,7 +84,7 @@ async def _page(request: web.Request, chosen: Filter) -> web.Response:
     except (LogUnavailable, CorruptLog, LogClosed) as exc:
         raise _unreadable(exc) from exc
     body = b'{"events":[%b],"next":%d}' % (b",".join(record.json for record in page.records), page.position)
-    return web.Response(body=body, content_type=JSON_TYPE)
+    return Response(body)
 
 
 def _unreadable(exc: Exception) -> Problem:

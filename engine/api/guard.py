@@ -51,13 +51,13 @@ class Guard:
     """Decides whether a request may pass. Pure but for the settings it was made from."""
 
     def __init__(self, settings: Settings, tokens: Tokens, roles: Roles) -> None:
-        self._tokens = tokens
+        self._tokens = tokens if tokens.required else None
         self._roles = roles
         # Bound to every interface we cannot know our names; but a token is required there, and no page has it.
         self._hosts = None if is_wildcard(settings.host) else {*_LOOPBACK_NAMES, settings.host.lower()}
 
-    def check(self, request: web.Request) -> None:
-        """Raises Problem where it may not."""
+    def check(self, request: web.Request, *, crowded: bool) -> None:
+        """Raises Problem where it may not; `crowded`: it came over a connection beyond the limit."""
         host = request.headers.get("Host", "")
         if self._hosts is not None and _hostname(host) not in self._hosts:
             text = f"this server is not `{host}`; ask for it by the address it is bound to"
@@ -65,30 +65,29 @@ class Guard:
         origin = request.headers.get("Origin")
         if origin is not None and not _same_origin(origin, host):
             raise Problem(403, "the request comes from a page of another site; that is not allowed")
-        if self._tokens.required and not (request.path in _OPEN_PATHS and "verbose" not in request.query):
+        tokens = self._tokens
+        if tokens is not None and not (request.path in _OPEN_PATHS and "verbose" not in request.query):
             method = "GET" if request.method == "HEAD" else request.method
-            self._check_token(request, self._roles.get((method, _route_of(request)), Role.READ))
-        if is_crowded(request) and not _is_short(request):
+            _check_token(request, tokens, self._roles.get((method, _route_of(request)), Role.READ))
+        if crowded and not _is_short(request):
             raise busy("all connections of this server are at work; retry, or raise `max_connections`")
 
-    def _check_token(self, request: web.Request, needed: Role) -> None:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        token = self._tokens.find(given.strip()) if scheme.lower() == "bearer" else None
-        if token is None:
-            text = "a token is needed; send one of the server's in the header `Authorization: Bearer <token>`"
-            if given:
-                text = "the server does not know this token; send another, or restart the server if it is new"
-            raise Problem(401, text, headers={"WWW-Authenticate": 'Bearer realm="holdfast"'})
-        if not token.role.includes(needed):
-            text = (
-                f"the token `{token.name}` may {token.role.value}, this needs `{needed.value}`; use another token"
-            )
-            raise Problem(403, text)
 
-
-def is_crowded(request: web.Request) -> bool:
-    """Whether the request came over a connection beyond the limit."""
+def _is_crowded(request: web.Request) -> bool:
     return isinstance(request.protocol, Connection) and request.protocol.crowded
+
+
+def _check_token(request: web.Request, tokens: Tokens, needed: Role) -> None:
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    token = tokens.find(given.strip()) if scheme.lower() == "bearer" else None
+    if token is None:
+        text = "a token is needed; send one of the server's in the header `Authorization: Bearer <token>`"
+        if given:
+            text = "the server does not know this token; send another, or restart the server if it is new"
+        raise Problem(401, text, headers={"WWW-Authenticate": 'Bearer realm="holdfast"'})
+    if not token.role.includes(needed):
+        text = f"the token `{token.name}` may {token.role.value}, this needs `{needed.value}`; use another token"
+        raise Problem(403, text)
 
 
 def _is_short(request: web.Request) -> bool:
@@ -122,28 +121,26 @@ def middleware(engine: Engine, tokens: Tokens, roles: Roles) -> Middleware:
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        response = await answered(request, handler)
-        if is_crowded(request):
-            response.force_close()
-        return response
-
-    async def answered(request: web.Request, handler: Handler) -> web.StreamResponse:
+        crowded = _is_crowded(request)
         try:
-            guard.check(request)
-            return await handler(request)
+            guard.check(request, crowded=crowded)
+            response = await handler(request)
         except Problem as problem:
-            return error_response(request, problem)
+            response = error_response(request, problem)
         except UnknownPlugin as exc:
-            return error_response(request, Problem(404, str(exc), ReasonCode.UNKNOWN_PLUGIN))
+            response = error_response(request, Problem(404, str(exc), ReasonCode.UNKNOWN_PLUGIN))
         except web.HTTPException as exc:
-            return error_response(request, _routing_problem(request, exc))
+            response = error_response(request, _routing_problem(request, exc))
         except ConnectionError:  # the caller is gone; nobody is left to answer
             raise
         except Exception as exc:  # our own fault, whatever it is: counted, logged, and told
             name = f"http {request.method} {_route_of(request)}"
             engine.note_fault(name, exc)
             text = f"the engine itself failed on this request ({type(exc).__name__}); see its log, ask again"
-            return error_response(request, Problem(503, text, ReasonCode.ENGINE_FAULT))
+            response = error_response(request, Problem(503, text, ReasonCode.ENGINE_FAULT))
+        if crowded:
+            response.force_close()
+        return response
 
     return guarded
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from engine.api.body import BodyLimits
 from engine.api.budget import Budget
 from engine.api.errors import busy
 from engine.engine import Engine
@@ -90,6 +91,7 @@ class Streams:
 ENGINE = web.AppKey("engine", Engine)
 BACKGROUND = web.AppKey("background", Background)
 STREAMS = web.AppKey("streams", Streams)
+BODY_LIMITS = web.AppKey("body_limits", BodyLimits)  # from the start of the server on
 PENDING = web.AppKey("pending", Budget)  # arguments in memory
 UPLOADED = web.AppKey("uploaded", Budget)  # files of forms
 KEEP_ALIVE_S = web.AppKey("keep_alive_s", float)  # between two signs of life on an event stream

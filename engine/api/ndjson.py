@@ -129,7 +129,7 @@ async def answer(request: web.Request, call: Call, spool: Spool) -> web.StreamRe
 async def _pump(call: Call, stream: Stream, lines: _Lines) -> Told:
     """Items into lines, to the end; how the call ended, as it is told."""
     try:
-        return tell(await _outcome(call, stream, lines), call.state())
+        return tell(await _outcome(call, stream, lines), call.engine, call.plugin)
     finally:
         lines.end()
 

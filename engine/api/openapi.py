@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 import msgspec
 from aiohttp.typedefs import Handler
 
-from engine.api.errors import JSON_TYPE, ErrorBody
+from engine.api.errors import ErrorBody
+from engine.api.response import JSON_TYPE
 from engine.api.tokens import Role
 
 Schema: TypeAlias = dict[str, Any]

@@ -7,38 +7,39 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from engine.api.errors import JSON_TYPE, Problem
+from engine.api.errors import Problem
 from engine.api.keys import ENGINE
+from engine.api.response import Response
 from engine.errors import ReasonCode, SetupError
 
 _encoder = msgspec.json.Encoder()
 
 
-def _json(value: Any) -> web.Response:
-    return web.Response(body=_encoder.encode(value), content_type=JSON_TYPE)
+def _json(value: Any) -> Response:
+    return Response(_encoder.encode(value))
 
 
-async def list_plugins(request: web.Request) -> web.Response:
+async def list_plugins(request: web.Request) -> Response:
     """The health of every plugin."""
-    return _json(request.app[ENGINE].plugins())
+    return Response(request.app[ENGINE].plugins_json())
 
 
-async def describe(request: web.Request) -> web.Response:
+async def describe(request: web.Request) -> Response:
     """A plugin's manifest, tools and checks."""
     return _json(request.app[ENGINE].describe(request.match_info["name"]))
 
 
-async def health(request: web.Request) -> web.Response:
+async def health(request: web.Request) -> Response:
     """A plugin's health."""
-    return _json(request.app[ENGINE].health(request.match_info["name"]))
+    return Response(request.app[ENGINE].health_json(request.match_info["name"]))
 
 
-async def crashes(request: web.Request) -> web.Response:
+async def crashes(request: web.Request) -> Response:
     """How a plugin's workers died."""
     return _json(await request.app[ENGINE].crashes(request.match_info["name"]))
 
 
-async def restart(request: web.Request) -> web.Response:
+async def restart(request: web.Request) -> Response:
     """End the plugin's incarnation and begin the next; answers once that has settled."""
     try:
         return _json(await request.app[ENGINE].restart(request.match_info["name"]))

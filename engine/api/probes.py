@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 from aiohttp import web
 
-from engine.api.errors import JSON_TYPE
 from engine.api.keys import ENGINE
+from engine.api.response import Response
 from engine.engine import Part
 
 _encoder = msgspec.json.Encoder()
@@ -28,21 +28,21 @@ class Readiness(msgspec.Struct, frozen=True, omit_defaults=True):
 _ALIVE = _encoder.encode(Liveness())
 
 
-async def livez(_request: web.Request) -> web.Response:
+async def livez(_request: web.Request) -> Response:
     """Whether the event loop runs."""
-    return web.Response(body=_ALIVE, content_type=JSON_TYPE)
+    return Response(_ALIVE)
 
 
-async def readyz(request: web.Request) -> web.Response:
+async def readyz(request: web.Request) -> Response:
     """Whether calls are taken; no plugin's failure counts."""
     parts = request.app[ENGINE].parts()
     ready = all(part.ok for part in parts)
     shown = tuple(parts) if "verbose" in request.query else None
     body = _encoder.encode(Readiness(ready, shown))
-    return web.Response(status=200 if ready else 503, body=body, content_type=JSON_TYPE)
+    return Response(body, status=200 if ready else 503)
 
 
-async def metrics(request: web.Request) -> web.Response:
+async def metrics(request: web.Request) -> Response:
     """Prometheus text."""
     body, content_type = request.app[ENGINE].metrics.render()
-    return web.Response(body=body, headers={"Content-Type": content_type})
+    return Response(body, content_type=content_type)
