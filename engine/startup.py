@@ -150,9 +150,9 @@ class Starter:
         if incarnation.findings:
             incarnation.leave_service(Trigger.BECOME_UNAVAILABLE, combine(incarnation.findings))
             return
-        models = await asyncio.to_thread(resolve_models, manifest, folder)
-        uploads = self._spawner.scratch_root / wire.UPLOADS
-        sandbox = await asyncio.to_thread(resolve_sandbox, manifest, folder, uploads)
+        # Neither reads a file: they put paths together.
+        models = resolve_models(manifest, folder)
+        sandbox = resolve_sandbox(manifest, folder, self._spawner.scratch_root / wire.UPLOADS)
         observer = _Observer(incarnation, self._bus, self._crashes, self._fail, self._on_fault)
         starts = [
             self._start_worker(self._spec(incarnation, manifest, models, sandbox), observer)

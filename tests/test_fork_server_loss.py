@@ -245,6 +245,26 @@ async def test_a_stopped_fork_server_is_ended_by_the_engine_which_says_so(
         assert [pid for pid in daemons if exists(pid)] == []
 
 
+async def test_a_burial_that_fails_is_a_counted_fault_and_a_restart_works_all_the_same(
+    plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bury = launcher.bury
+
+    def fails(process: subprocess.Popen[bytes] | None, pidfd: int | None, scratch_root: Path) -> None:
+        bury(process, pidfd, scratch_root)
+        raise OSError(errno.EIO, "the disk is gone")
+
+    write_honest(plugins)
+    async with hosting(plugins, data_dir) as engine:
+        with monkeypatch.context() as broken:
+            broken.setattr(launcher, "bury", fails)
+            kill_fork_server(engine)
+            await until(lambda: "fork server burial" in engine.faults)
+        fault = engine.faults.pop("fork server burial")
+        assert (fault.count, fault.last) == (1, "OSError: [Errno 5] the disk is gone")
+        assert (await engine.restart("honest")).state == "INITIALIZED"
+
+
 async def test_a_fork_server_and_a_reaper_that_are_both_stopped_do_not_keep_the_engine(
     plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,9 +340,12 @@ def test_where_the_kernel_gives_no_process_the_fork_server_says_so_and_serves_on
         assert server._serve_request()
         assert wire.from_fork_server.decode(ours.recv(1000)) == wire.NotForked(7, errno.EAGAIN)
         assert open_descriptors() == before
-        server._littered.append(scratch)
-        server._tidy()  # nobody to do it yet
-        assert scratch.exists()
+        empty = scratch.with_name("empty")
+        empty.mkdir()
+        (scratch / "kept").write_text("something")
+        server._littered.extend([empty, scratch])
+        server._tidy()  # nobody to do it yet, where there is more than a folder to remove
+        assert (scratch.exists(), empty.exists()) == (True, False)
         children.append(0)
         server._tidy()
         os.waitpid(children[-1], 0)

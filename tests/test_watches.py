@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import mmap
@@ -15,9 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support import until
 
 from engine.sandbox import mappings, proc, scratch
-from engine.sandbox.limits import MemoryWatch
+from engine.sandbox.evidence import Process
+from engine.sandbox.limits import GROWTH_BYTES_PER_S, MemoryWatch, allowance_bytes
+from engine.sandbox.memory import Meter
 
 MIB = 1 << 20
 SYS_EXIT = {"x86_64": 60, "aarch64": 93}[os.uname().machine]
@@ -100,6 +104,88 @@ def test_what_was_killed_while_there_was_no_worker_counts_for_none(monkeypatch: 
     assert watch.oom_kills_since(500.2) == 0
     count = 9
     assert watch.oom_kills_since(500.3) == 1
+
+
+class Newcomer:
+    """A worker that has just begun: this process."""
+
+    def __init__(self, scratch: Path, limit_bytes: int) -> None:
+        self.pid, self.pidfd = os.getpid(), os.pidfd_open(os.getpid())
+        self.memory_limit_bytes = self.scratch_limit_bytes = limit_bytes
+        self.process_limit = 1 << 20
+        self.shm_fd: int | None = None
+        self.scratch = str(scratch)
+        self.memory_bytes = self.memory_peak_bytes = self.memory_shared_bytes = self.process_count = 0
+        self.processes: tuple[Process, ...] = ()
+        self.over_memory = self.over_processes = False
+        self.busy = True
+        self.holds = ""
+
+    def on_memory_breach(self) -> None:
+        """Not in these tests."""
+
+    def on_process_breach(self) -> None:
+        """Not in these tests."""
+
+    def on_scratch_breach(self, what: str) -> None:
+        self.holds = what
+
+
+@pytest.mark.parametrize("limit", [64 * MIB, 1024 * MIB, 1 << 40])
+def test_a_new_worker_is_looked_at_before_it_can_be_over_its_limit_and_not_at_once(
+    limit: int, tmp_path: Path
+) -> None:
+    watch = MemoryWatch(0.1, lambda what, exc: None)
+    worker = Newcomer(tmp_path, limit)
+    before_s = time.monotonic()
+    watch.add(worker)
+    (tree,) = watch._trees.values()
+    could_be_over_s = (limit + allowance_bytes(limit)) / GROWTH_BYTES_PER_S
+    assert before_s < tree.due_s <= time.monotonic() + min(0.1, could_be_over_s / 2)
+    tree.close()
+    os.close(worker.pidfd)
+
+
+def test_shared_memory_from_before_the_first_look_counts() -> None:
+    fd = os.memfd_create("early")
+    try:
+        known = Meter(os.getpid(), 1 << 40, 1 << 20, proc.machine().shared_bytes)
+        os.write(fd, bytes(32 * MIB))
+        assert known.read([os.getpid()], None, proc.machine(), afresh=False).shared_bytes >= 32 * MIB
+        unknown = Meter(os.getpid(), 1 << 40, 1 << 20)
+        assert unknown.read([os.getpid()], None, proc.machine(), afresh=False).shared_bytes >= 32 * MIB
+    finally:
+        os.close(fd)
+
+
+def make_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+async def test_what_a_worker_wrote_before_the_first_look_at_its_scratch_folder_counts(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken_bytes = 0  # others write to this file system, and remove things from it
+    monkeypatch.setattr(scratch, "_taken_bytes", lambda folder: taken_bytes)
+    monkeypatch.setattr(scratch, "_SURE_BUSY_S", 1e9)  # only what grew on the file system leads to a walk
+    watch = scratch.ScratchWatch(lambda what, exc: None)
+    other, worker = (Newcomer(data_dir / name, 64 * MIB) for name in ("other", "worker"))
+    big = make_folder(Path(worker.scratch)) / "big"
+    running = asyncio.create_task(watch.run())
+    try:
+        watch.add(other)
+        await until(lambda: watch._taken)
+        await asyncio.to_thread(big.write_bytes, b"x" * (65 * MIB))
+        taken_bytes += 65 * MIB
+        watch.add(worker)
+        await until(lambda: worker.holds)
+        assert not other.holds
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        for each in (other, worker):
+            os.close(each.pidfd)
 
 
 def wide(folder: Path, depth: int, folders: int) -> str:

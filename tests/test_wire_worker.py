@@ -70,7 +70,8 @@ class Bare:
 @asynccontextmanager
 async def bare_worker(scratch_root: Path) -> AsyncIterator[Bare]:
     """A worker that has said hello."""
-    spawner = Spawner(scratch_root)
+    faults: list[tuple[str, BaseException]] = []
+    spawner = Spawner(scratch_root, lambda name, exc: faults.append((name, exc)))
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     output, output_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -93,6 +94,7 @@ async def bare_worker(scratch_root: Path) -> AsyncIterator[Bare]:
         for fd in (output, output_end, stack, stack_end, *arenas):
             os.close(fd)
         await spawner.close()
+        assert not faults, faults
 
 
 def start_of(folder: Path, worker: Bare, *tools: str) -> wire.Start:

@@ -332,7 +332,7 @@ def test_a_large_value_crosses_in_the_arena_and_leaves_a_short_frame(value: Any)
     fd = arena.create(1 << 20)
     try:
         shared = arena.Arena(fd, writable=True)
-        encoded = values.encode(value, shared)
+        encoded = values.Encoder(shared).encode(value)
         assert len(encoded) < 64
         decoded = values.Decoder(shared, lambda _typestr, _shape, data, _span: bytes(data)).decode(encoded)
         assert repr(decoded) == repr({"frame": bytes(70_000)} if isinstance(value, dict) else value)

@@ -22,10 +22,16 @@ async def check(manifest: Manifest, folder: Path, gpu: GpuCheck, *, refresh_gpu:
     The GPU is looked at only for a plugin that requires one. Files are read in a thread.
     """
     findings = await gpu.findings(refresh=refresh_gpu) if manifest.requires_gpu else []
-    findings += await asyncio.to_thread(check_sandbox, manifest, folder)
-    findings += await asyncio.to_thread(check_packages, manifest, folder)
-    findings += await asyncio.to_thread(check_models, manifest, folder)
+    findings += await asyncio.to_thread(_check_files, manifest, folder)
     return in_order(_torch_once(findings))
+
+
+def _check_files(manifest: Manifest, folder: Path) -> list[Finding]:
+    return [
+        *check_sandbox(manifest, folder),
+        *check_packages(manifest, folder),
+        *check_models(manifest, folder),
+    ]
 
 
 def _torch_once(findings: list[Finding]) -> list[Finding]:

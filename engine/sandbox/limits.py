@@ -77,16 +77,23 @@ class Watched(Protocol):
 
 
 class _Tree:
-    """One worker, as the watch's thread sees it."""
+    """One worker, as the watch's thread sees it.
 
-    def __init__(self, worker: Watched) -> None:
+    Args:
+        worker: a new one, which holds next to nothing.
+        machine: from before it was there, if anything is known of that.
+        interval_s: the watch's.
+    """
+
+    def __init__(self, worker: Watched, machine: proc.Machine | None, interval_s: float) -> None:
         self.worker = worker
         self.pidfd = os.dup(worker.pidfd)  # ours, so that it means the same process until we close it
-        self.meter = Meter(worker.pid, worker.memory_limit_bytes, worker.process_limit)
-        self.due_s = 0.0
+        shared_bytes = None if machine is None else machine.shared_bytes
+        self.meter = Meter(worker.pid, worker.memory_limit_bytes, worker.process_limit, shared_bytes)
         self.busy_due_s = 0.0
         self.stirs_at_bytes = 0  # taken on the whole machine
-        self.period_s = 0.0
+        self.expect(0, interval_s)
+        self.come_again(time.monotonic())
         self.looks = 0
         self.ended = False
 
@@ -102,14 +109,20 @@ class _Tree:
 
     def looked(self, reading: Reading, machine: proc.Machine, cost_s: float, interval_s: float) -> None:
         """Decide on the next look: in half of the time in which it could use up its allowance."""
-        now_s, limit = time.monotonic(), self.worker.memory_limit_bytes
-        left = limit + allowance_bytes(limit) - reading.used_bytes
-        self.period_s = interval_s  # a power of two of them: so that many trees are due at once, in one look
-        while self.period_s > max(left / GROWTH_BYTES_PER_S / 2, interval_s / _SHARE):
-            self.period_s /= 2
+        now_s = time.monotonic()
+        left = self.expect(reading.used_bytes, interval_s)
         self.come_again(now_s + _COST * cost_s)
         self.busy_due_s = now_s + max(interval_s, _COST_AT_REST * cost_s)
         self.stirs_at_bytes = machine.taken_bytes + max(_STIR_BYTES, left // 8)
+
+    def expect(self, used_bytes: int, interval_s: float) -> int:
+        """Choose the period for a tree that holds so much; returns how much more it may take."""
+        limit = self.worker.memory_limit_bytes
+        left = limit + allowance_bytes(limit) - used_bytes
+        self.period_s = interval_s  # a power of two of them: so that many trees are due at once, in one look
+        while self.period_s > max(left / GROWTH_BYTES_PER_S / 2, interval_s / _SHARE):
+            self.period_s /= 2
+        return left
 
     def come_again(self, after_s: float) -> None:
         """At the next multiple of its period."""
@@ -137,8 +150,10 @@ class MemoryWatch:
         self._wake = threading.Event()
         self._stopping = False
         self._scratch = ScratchWatch(on_fault)
+        self._wakes_at_s = math.inf  # when the watch's thread looks next, unless it is woken
+        self._machine: proc.Machine | None = None  # at the last look
         self._whole_due_s = 0.0
-        self._idle = False  # no worker was there before the next look
+        self._idle = False  # no worker was there before the next pass
         self._oom_kills: tuple[tuple[float, int], ...] = ((-math.inf, 0),)  # when, and how many by then
         self.looks = 0
         self.cpu_s = 0.0  # of this watch's thread
@@ -146,9 +161,12 @@ class MemoryWatch:
     def add(self, worker: Watched) -> None:
         """Watch it from now on."""
         self._idle = self._idle or not self._trees
-        self._trees[id(worker)] = _Tree(worker)
+        # While there are others, the last look at them was a moment ago.
+        tree = _Tree(worker, None if self._idle else self._machine, self._interval_s)
+        self._trees[id(worker)] = tree
         self._scratch.add(worker)
-        self._wake.set()
+        if self._idle or tree.due_s < self._wakes_at_s:
+            self._wake.set()
 
     def discard(self, worker: Watched) -> None:
         """Its process is gone."""
@@ -200,24 +218,28 @@ class MemoryWatch:
         """Look at those that are due; returns how long there is nothing to do, or None: until somebody comes."""
         while self._gone:
             self._gone.pop().close()
+        self._wakes_at_s = math.inf  # whoever comes from here on is not in the list
         trees = list(self._trees.values())
         now_s = time.monotonic()
         due = [tree for tree in trees if tree.due_s <= now_s and not tree.ended]
-        if due:
+        if due or self._idle:
             try:
-                self._look(due, now_s, loop)
+                if self._idle:
+                    self._note_oom_kills(now_s)
+                if due:
+                    self._look(due, now_s, loop)
             except Exception as exc:  # a watch that died would be a limit that is gone
                 tell(loop, self._on_fault, "memory_watch", exc)
                 for tree in due:
                     tree.due_s = now_s + self._interval_s
             self.cpu_s = time.thread_time()
-        waits = [tree.due_s for tree in trees if not tree.ended]
-        return max(0.0, min(waits) - time.monotonic()) if waits else None
+        self._wakes_at_s = min((tree.due_s for tree in trees if not tree.ended), default=math.inf)
+        return None if self._wakes_at_s == math.inf else max(0.0, self._wakes_at_s - time.monotonic())
 
     def _look(self, due: list[_Tree], now_s: float, loop: asyncio.AbstractEventLoop) -> None:
-        machine = proc.machine()
+        machine = self._machine = proc.machine()
         # The lists of children may leave one out; the table of all processes, read less often, does not.
-        whole = now_s >= self._whole_due_s or self._idle
+        whole = now_s >= self._whole_due_s
         if whole:
             self._whole_due_s = now_s + _WHOLE_INTERVALS * self._interval_s
             self._note_oom_kills(now_s)

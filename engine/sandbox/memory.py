@@ -47,16 +47,17 @@ class Meter:
         pid: its root.
         limit_bytes: what is over this is read as exactly as can be.
         tasks: nothing is read exactly of a tree that has more processes and threads.
+        machine_shared_bytes: the machine's shared memory before the tree was there; None where that is not known.
     """
 
-    def __init__(self, pid: int, limit_bytes: int, tasks: int) -> None:
+    def __init__(self, pid: int, limit_bytes: int, tasks: int, machine_shared_bytes: int | None = None) -> None:
         self._pid = pid
         self._tasks = tasks
         self._limit_bytes = limit_bytes
         self._objects: dict[tuple[int, int], int] = {}  # by device and inode, the bytes of a shared memory object
         self._whole = True  # whether every process let us look for its objects
         self._search: Generator[None, None, None] | None = None  # one that goes on at the next look
-        self._seen_at: int | None = None  # the machine's shared memory, when we looked for them
+        self._seen_at = machine_shared_bytes  # the machine's shared memory, when we looked for them
         self._shm_fd: int | None = None
         self._devices: frozenset[int] = frozenset()  # those of shared memory, but for the tree's own /dev/shm
 
@@ -70,9 +71,13 @@ class Meter:
             afresh: look for objects, though shared memory grew nowhere.
         """
         seen_at = machine.shared_bytes - _GROWTH_BYTES if self._seen_at is None else self._seen_at
-        moved = shm_fd != self._shm_fd
-        if self._search is None and (afresh or moved or abs(machine.shared_bytes - seen_at) >= _GROWTH_BYTES):
-            self._search = self._look_for_objects(pids, shm_fd)
+        searched = bool(self._devices)
+        if moved := shm_fd != self._shm_fd:  # the worker has made its own meanwhile
+            self._shm_fd, self._devices = shm_fd, frozenset()
+            self.close()
+        grown = abs(machine.shared_bytes - seen_at) >= _GROWTH_BYTES
+        if self._search is None and (afresh or grown or (moved and searched)):
+            self._search = self._look_for_objects(pids)
             self._seen_at = machine.shared_bytes
         until_s = time.monotonic() + _SEARCH_S
         while self._search is not None and time.monotonic() < until_s:
@@ -101,11 +106,10 @@ class Meter:
             self._search.close()
             self._search = None
 
-    def _look_for_objects(self, pids: list[int], shm_fd: int | None) -> Generator[None, None, None]:
+    def _look_for_objects(self, pids: list[int]) -> Generator[None, None, None]:
         """Step by step: who has a million descriptors must not hold up the looks at others."""
-        if not self._devices or shm_fd != self._shm_fd:  # the worker has made its own meanwhile
-            self._shm_fd = shm_fd
-            own = set() if shm_fd is None else {os.fstat(shm_fd).st_dev}
+        if not self._devices:
+            own = set() if self._shm_fd is None else {os.fstat(self._shm_fd).st_dev}
             self._devices = frozenset((mappings.memory_file_systems(self._pid) | {_anonymous_device()}) - own)
         found: dict[tuple[int, int], int] = {}
         whole = True

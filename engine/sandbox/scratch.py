@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import threading
 import time
@@ -64,12 +65,12 @@ class Unmeasurable(Exception):
 class _Folder:
     """One worker's scratch folder."""
 
-    def __init__(self, worker: Scratched) -> None:
+    def __init__(self, worker: Scratched, taken_bytes: int | None) -> None:
         self.worker = worker
         self.walk: Walk | None = None
         self.left_bytes = worker.scratch_limit_bytes
-        self.taken_bytes: int | None = None  # of the file system, when the last walk began
-        self.walked_at_s = 0.0
+        self.taken_bytes = taken_bytes  # of the file system, when the last walk began; or before it was there
+        self.walked_at_s = time.monotonic()  # it is new, and empty
         self.began_s = 0.0
         self.not_before_s = 0.0
         self.ended = False
@@ -77,7 +78,7 @@ class _Folder:
     def due(self, now_s: float, taken_bytes: int) -> bool:
         """Whether it may be over its limit, for all that the file system tells."""
         if self.taken_bytes is None:
-            self.taken_bytes = taken_bytes  # it is new, and empty
+            self.taken_bytes = taken_bytes
         if now_s < self.not_before_s:
             return False
         grown = taken_bytes - self.taken_bytes
@@ -116,14 +117,19 @@ class ScratchWatch:
         self._on_fault = on_fault
         self._folders: dict[int, _Folder] = {}  # by id(worker)
         self._gone: list[_Folder] = []
+        self._taken: dict[str, int | None] = {}  # by folder of folders, what its file system held at the last pass
+        self._wakes_at_s = math.inf  # when the watch's thread looks next, unless it is woken
         self._wake = threading.Event()
         self._stopping = False
         self.cpu_s = 0.0  # of this watch's thread
 
     def add(self, worker: Scratched) -> None:
         """Watch it from now on."""
-        self._folders[id(worker)] = _Folder(worker)
-        self._wake.set()
+        # While there are others, the last pass was a moment ago.
+        taken = self._taken.get(os.path.dirname(worker.scratch)) if self._folders else None  # noqa: PTH120 - as below
+        folder = self._folders[id(worker)] = _Folder(worker, taken)
+        if taken is None or time.monotonic() + _soon_s(folder.left_bytes) < self._wakes_at_s:
+            self._wake.set()
 
     def discard(self, worker: Scratched) -> None:
         """Its process is gone."""
@@ -158,6 +164,7 @@ class ScratchWatch:
         """Look at all, walk some; returns how long there is nothing to do, or None: until somebody comes."""
         while self._gone:
             self._gone.pop().close()
+        self._wakes_at_s = math.inf  # whoever comes from here on is not in the list
         folders = [folder for folder in list(self._folders.values()) if not folder.ended]
         taken: dict[str, int | None] = {}
         for folder in folders:
@@ -166,12 +173,13 @@ class ScratchWatch:
             except Exception as exc:  # a watch that died would be a limit that is gone
                 folder.walk, folder.not_before_s = None, time.monotonic() + _SURE_S
                 tell(loop, self._on_fault, "scratch_watch", exc)
-        if any(folder.walk is not None for folder in folders):
-            return _PAUSE_S
-        left = min((folder.left_bytes for folder in folders), default=None)
-        if left is None:
+        self._taken = taken
+        if not folders:
             return None
-        return min(_LONGEST_S, max(_SHORTEST_S, left / 2 / _GROWTH_BYTES_PER_S))
+        walking = any(folder.walk is not None for folder in folders)
+        wait_s = _PAUSE_S if walking else min(_soon_s(folder.left_bytes) for folder in folders)
+        self._wakes_at_s = time.monotonic() + wait_s
+        return wait_s
 
     def _advance(self, folder: _Folder, taken: dict[str, int | None], loop: asyncio.AbstractEventLoop) -> None:
         now_s = time.monotonic()
@@ -197,6 +205,11 @@ class ScratchWatch:
         except Unmeasurable as exc:
             folder.ended = True
             tell(loop, worker.on_scratch_breach, f"cannot be measured, {exc}")
+
+
+def _soon_s(left_bytes: int) -> float:
+    """Within which a folder is looked at again that may take so much more."""
+    return min(_LONGEST_S, max(_SHORTEST_S, left_bytes / 2 / _GROWTH_BYTES_PER_S))
 
 
 def held(scratch: str, pid: int, limit_bytes: int) -> Walk:

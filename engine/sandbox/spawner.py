@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,12 +62,20 @@ class Spawner:
 
     Args:
         scratch_root: a folder of its own, for the workers' scratch folders.
+        on_fault: counts and names an exception of our own that nobody waits for.
         private: files and folders that no plugin is to see, the scratch root's parent excepted.
         cgroups: where each worker gets a leaf of its own, if there is such a place.
     """
 
-    def __init__(self, scratch_root: Path, private: Sequence[Path] = (), cgroups: Cgroups | None = None) -> None:
+    def __init__(
+        self,
+        scratch_root: Path,
+        on_fault: Callable[[str, BaseException], None],
+        private: Sequence[Path] = (),
+        cgroups: Cgroups | None = None,
+    ) -> None:
         self.scratch_root = scratch_root
+        self._on_fault = on_fault
         self.exposed: str | None = None  # why `private` is not hidden; "" if it is; None: not known yet
         self._private = private
         self._cgroups = cgroups
@@ -302,9 +310,14 @@ class Spawner:
             return
         log.error("fork_server_lost", how=loss.how, workers=len(self._exits))
         process, pidfd = self._hang_up()
-        burying = asyncio.to_thread(launcher.bury, process, pidfd, self.scratch_root)
-        self._burial = asyncio.get_running_loop().create_task(burying)
+        self._burial = asyncio.get_running_loop().create_task(self._bury(process, pidfd))
         self._lose_all(loss)
+
+    async def _bury(self, process: subprocess.Popen[bytes] | None, pidfd: int | None) -> None:
+        try:
+            await asyncio.to_thread(launcher.bury, process, pidfd, self.scratch_root)
+        except Exception as exc:  # the next start goes on; what is left goes with the scratch root, in `close`
+            self._on_fault("fork server burial", exc)
 
     def _hang_up(self) -> tuple[subprocess.Popen[bytes] | None, int | None]:
         """Close the control socket, and let go of the reaper and of the fork server's pidfd."""

@@ -120,6 +120,7 @@ _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function
 _LAST_FRAME = re.compile(rb'(worker/__main__\.py", line \d+ in <module>|^  \.\.\.)\n\Z', re.MULTILINE)
 _SERVES, _FRAMES = "engine/worker/serve.py", "engine/sandbox/frames.py"
 _WAITS = ("run", "receive", "send")  # what it does there from one call's answer to the next call
+_OWN = Path(__file__).parents[1]
 _THREAD = re.compile(r"^(?P<current>Current thread|Thread) 0x(?P<id>[0-9a-f]{1,16})\b")
 
 
@@ -393,9 +394,15 @@ def _threads(stack: str) -> dict[int | None, list[tuple[str, str, str]]]:
 def _place(threads: dict[int | None, list[tuple[str, str, str]]], thread: int | None, folder: str) -> str:
     frames = threads.get(thread) or threads.get(None) or []
     inside = [frame for frame in frames if Path(frame[0]).is_relative_to(folder)]
-    if not inside and not frames:
+    found = inside or [frame for frame in frames if not _is_ours(frame[0])]
+    if not found:
         return ""
-    file, line, function = (inside or frames)[0]
+    file, line, function = found[0]
     path = Path(file)
     shown = str(path.relative_to(folder)) if inside else path.name
     return f"{shown}:{line} in `{function}`"
+
+
+def _is_ours(file: str) -> bool:
+    """Whether it is Holdfast's or the importer's: nobody could mend anything there."""
+    return file.startswith("<frozen ") or Path(file).is_relative_to(_OWN)

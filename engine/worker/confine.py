@@ -12,11 +12,13 @@ import resource
 import signal
 
 from engine.sandbox import priority
-from engine.worker.native import checked, libc
+from engine.worker import native
+from engine.worker.native import checked
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
+_SIGKILL = int(signal.SIGKILL)
 
 # Beyond the limit, for telling that it was reached: a plugin that holds every byte leaves none to say so with.
 RESERVE_BYTES = 16 * 1024 * 1024
@@ -29,7 +31,7 @@ def prctl(option: int, value: int) -> None:
     Raises:
         OSError: the kernel refused.
     """
-    checked(libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option}, {value})")
+    checked(native.prctl(option, ctypes.c_ulong(value), 0, 0, 0), "prctl")
 
 
 def become_subreaper() -> None:
@@ -44,7 +46,7 @@ def detach(parent: int) -> None:
         ProcessLookupError: the parent died before the death signal was armed.
     """
     os.setsid()
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, _SIGKILL)
     if os.getppid() != parent:
         raise ProcessLookupError("the fork server is gone")
     become_subreaper()

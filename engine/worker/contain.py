@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.sandbox import wire
-from engine.worker import confine, landlock, load, seccomp
+from engine.worker import confine, landlock, load, native, seccomp
 from engine.worker.landlock import ALL, DEVICE, READ, READ_ONLY_ABI, WRITE, Access, Scope
-from engine.worker.native import checked, libc
+from engine.worker.native import checked
 
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -37,8 +37,10 @@ _CAPABILITY_DATA = struct.Struct("=IIIIII")  # effective, permitted, inheritable
 _capabilities = ctypes.create_string_buffer(_CAPABILITY_DATA.size)
 
 # Some right must be handled, else the domain may mount; and then renames have to be allowed.
-_HANDLED = Access.MAKE_CHAR | Access.MAKE_BLOCK | Access.REFER
-_ALL_SCOPES = Scope.SIGNAL | Scope.ABSTRACT_UNIX_SOCKET
+_HANDLED = int(Access.MAKE_CHAR | Access.MAKE_BLOCK | Access.REFER)
+_RENAMES = int(Access.REFER)
+_SIGNALS = int(Scope.SIGNAL)
+_SIGNALS_AND_SOCKETS = int(Scope.SIGNAL | Scope.ABSTRACT_UNIX_SOCKET)
 
 _OPEN = "open"
 _LISTED = "listed"
@@ -78,7 +80,7 @@ def apply(start: wire.Start) -> None:
             where no plugin may look.
     """
     for path in (start.folder, *start.models.values()):
-        if not Path(path).exists():
+        if not os.path.exists(path):  # noqa: PTH110 - a worker without models needs no `Path` so far
             raise _refused(f"{path} is hidden from plugins, as all of the data folder is; move it elsewhere")
     try:
         _apply(start)
@@ -103,24 +105,24 @@ def _apply(start: wire.Start) -> None:
 
 def _drop_capabilities() -> None:
     """Keep of root's powers those over files. No program that it starts gets more: `no_new_privs` sees to that."""
-    checked(libc.capget(_CAPABILITY_HEADER, _capabilities), "capget")
+    checked(native.capget(_CAPABILITY_HEADER, _capabilities), "capget")
     low = _CAPABILITY_DATA.unpack(_capabilities.raw)[1] & _KEPT_CAPABILITIES
-    checked(libc.capset(_CAPABILITY_HEADER, _CAPABILITY_DATA.pack(low, low, 0, 0, 0, 0)), "capset")
+    checked(native.capset(_CAPABILITY_HEADER, _CAPABILITY_DATA.pack(low, low, 0, 0, 0, 0)), "capset")
     confine.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
 
 
 def _enter_domain(start: wire.Start) -> None:
     sandbox = start.sandbox
-    scopes = Scope.SIGNAL if sandbox.network else _ALL_SCOPES
+    scopes = _SIGNALS if sandbox.network else _SIGNALS_AND_SOCKETS
     if sandbox.filesystem == _OPEN:
-        landlock.restrict(_HANDLED, [("/", Access.REFER)], scopes)
+        landlock.restrict(_HANDLED, [("/", _RENAMES)], scopes)
         return
     if landlock.abi() < READ_ONLY_ABI:
         raise OSError(errno.EOPNOTSUPP, f"this kernel's Landlock is version {landlock.abi()}, not {READ_ONLY_ABI}")
     landlock.restrict(ALL, _allowed(start), scopes)
 
 
-def _allowed(start: wire.Start) -> Iterator[tuple[str, Access]]:
+def _allowed(start: wire.Start) -> Iterator[tuple[str, int]]:
     sandbox = start.sandbox
     if sandbox.filesystem == _LISTED:
         own = (start.folder, *start.models.values(), *sandbox.read)

@@ -13,6 +13,7 @@ _MAX_TRACE = 6000  # characters of a traceback that travel
 _MAX_FRAMES = 30
 _MAX_MESSAGE = 2000  # characters of an exception's message that travel
 _MAX_NAME = 500  # of a type's or a place's
+_OWN = Path(__file__).parents[1]  # a reason names no line of Holdfast's: nobody could mend anything there
 
 # How libraries say that an allocation failed when they do not raise MemoryError. CUDA's own out-of-memory is
 # about the GPU, which no limit of ours governs.
@@ -23,7 +24,7 @@ _NO_MEMORY = re.compile(
 )
 
 
-def type_name(kind: type[BaseException]) -> str:
+def type_name(kind: type) -> str:
     """`ValueError`, `cv2.error`: qualified, except for builtins."""
     try:
         module, name = kind.__module__, kind.__qualname__
@@ -57,8 +58,13 @@ def is_memory(exc: BaseException) -> bool:
 
 def is_any(exc: BaseException, names: Iterable[str]) -> bool:
     """Whether the exception or one of its bases bears one of the names, plain or qualified."""
-    own = {name for kind in type(exc).__mro__ for name in (kind.__name__, type_name(kind))}
+    own = {name for kind in type(exc).__mro__ for name in names_of(kind)}
     return not own.isdisjoint(names)
+
+
+def names_of(kind: type) -> tuple[str, str]:
+    """What a manifest may call an exception: its plain name and its qualified one."""
+    return kind.__name__, type_name(kind)
 
 
 def location(filename: str, line: int | None, function: str, folder: Path) -> str:
@@ -71,13 +77,19 @@ def location(filename: str, line: int | None, function: str, folder: Path) -> st
 
 
 def where(tb: TracebackType | None, folder: Path) -> str:
-    """The innermost frame in the plugin's folder; failing that, the innermost one at all. "" without frames."""
+    """The innermost frame in the plugin's folder; failing that, the innermost of a library. "" without either."""
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(tb)]
-    if not frames:
-        return ""
     inside = [at for at in frames if Path(at[0].co_filename).is_relative_to(folder)]
-    code, line = (inside or frames)[-1]
+    found = inside or [at for at in frames if not _is_ours(at[0].co_filename)]
+    if not found:
+        return ""
+    code, line = found[-1]
     return location(code.co_filename, line, code.co_name, folder)
+
+
+def _is_ours(filename: str) -> bool:
+    """Whether it is Holdfast's or the importer's."""
+    return filename.startswith("<frozen ") or Path(filename).is_relative_to(_OWN)
 
 
 def trace(exc: BaseException) -> str:
@@ -97,11 +109,13 @@ def syntax_error_where(exc: SyntaxError, folder: Path) -> str:
 
 
 def caller(frame: FrameType | None, folder: Path) -> str:
-    """Like `where`, for a live frame."""
-    innermost = frame
-    while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(folder):
+    """Like `where`, for a live frame; in words where there is no line to name."""
+    outside = None
+    while frame is not None:
+        code = frame.f_code
+        if Path(code.co_filename).is_relative_to(folder):
+            return location(code.co_filename, frame.f_lineno, code.co_name, folder)
+        if outside is None and not _is_ours(code.co_filename):
+            outside = location(code.co_filename, frame.f_lineno, code.co_name, folder)
         frame = frame.f_back
-    found = frame or innermost
-    return (
-        "" if found is None else location(found.f_code.co_filename, found.f_lineno, found.f_code.co_name, folder)
-    )
+    return outside or "code without a line of Python"

@@ -28,12 +28,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.sandbox import trees, wire
-from engine.worker import confine, contain, mounts, reaper, serve
+from engine.worker import confine, contain, mounts, native, reaper, serve
 
 _SWEEP_S = 1.0  # how long a killed orphan may take to die before we go on without it
 _SLICE_S = 0.02  # of that at a time: who asks for a fork waits for one
 _AGAIN_MS = 100  # until we come back to those that were left
 _MAX_FDS = 16
+# Blocked, not ignored or handled: a worker then has Python's own dispositions by unblocking them. Of these, only
+# the death of a child is anything to us; only the engine's end ends us.
+_BLOCKED = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Ended(NamedTuple):
@@ -85,11 +88,11 @@ class ForkServer:
         if self._private:
             # The parent of the scratch root, so that the root can still be removed: a mount point cannot.
             self._tell(wire.Isolated(mounts.hide(self._private, self._scratch_root.parent)), [])
-        wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # wakes the poll below
-        for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(ignored, signal.SIG_IGN)  # only the engine's end ends us
+        signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # which the reaper ignores
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        deaths = native.signal_fd([signal.SIGCHLD])
         confine.become_subreaper()
         contain.prepare()
         serve.prepare()
@@ -97,13 +100,13 @@ class ForkServer:
         gc.freeze()  # a worker's collections then leave our pages shared
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
-        poll.register(wake_in, select.POLLIN)
+        poll.register(deaths, select.POLLIN)
         poll.register(reaper_fd, select.POLLIN)
         while True:
             ready = {fd for fd, _ in poll.poll(self._pause_ms())}
-            if wake_in in ready:
+            if deaths in ready:
                 with contextlib.suppress(BlockingIOError):
-                    os.read(wake_in, 4096)
+                    os.read(deaths, 4096)
                 self._reap()
             if not self._swept:
                 self._sweep()
@@ -144,16 +147,13 @@ class ForkServer:
         """In the child: forget that we were a fork server, and serve a plugin. Never returns."""
         code = wire.EXIT_BROKEN
         try:
-            signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            native.unblock_signals()
             refused = _enter_cgroup(fds.pop()) if request.cgroup else None
             descriptors = serve.Descriptors.adopt(fds)
             if refused is not None:  # said only now, since now there is somebody to hear it
                 raise refused
             confine.detach(parent)
-            code = serve.run(descriptors, Path(request.scratch))
+            code = serve.run(descriptors, request.scratch)
         except MemoryError:
             code = wire.EXIT_NO_MEMORY
         except BaseException as exc:  # the last line of defence: a child must never run the parent's loop
@@ -196,8 +196,12 @@ class ForkServer:
         return pid in self._workers or pid in self._removers
 
     def _tidy(self) -> None:
-        """Delete scratch folders, each in a child: a plugin may have put a million files there."""
+        """Delete scratch folders; those that are not empty each in a child: a plugin may have put a million files
+        there."""
         while self._littered:
+            if _removed(self._littered[0]):
+                self._littered.popleft()
+                continue
             try:
                 pid = os.fork()
             except OSError:  # as above: there will be one again
@@ -215,6 +219,15 @@ class ForkServer:
         reaper.end_orphans(lambda _: False, _SWEEP_S, lambda *_: None)
         if reaper.peer_is_gone(self._control):
             trees.remove_tree(self._scratch_root)
+
+
+def _removed(folder: Path) -> bool:
+    """Whether it was empty, and is gone. Looks at nothing in it."""
+    try:
+        folder.rmdir()
+    except OSError:  # not empty; or no folder any more, whatever the plugin made of it
+        return False
+    return True
 
 
 def _enter_cgroup(procs_fd: int) -> OSError | None:

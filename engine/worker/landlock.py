@@ -56,11 +56,12 @@ class Scope(IntFlag):
     SIGNAL = 1 << 1
 
 
-READ = Access.EXECUTE | Access.READ_FILE | Access.READ_DIR
-DEVICE = Access.READ_FILE | Access.WRITE_FILE | Access.IOCTL_DEV
-WRITE = Access((1 << 16) - 1) & ~(Access.MAKE_CHAR | Access.MAKE_BLOCK)
-ALL = Access((1 << 16) - 1)
-_OF_FILES = Access.EXECUTE | Access.WRITE_FILE | Access.READ_FILE | Access.TRUNCATE | Access.IOCTL_DEV
+# Plain numbers from here on: the operators of an `IntFlag` are Python code, in each worker, for each right.
+READ = int(Access.EXECUTE | Access.READ_FILE | Access.READ_DIR)
+DEVICE = int(Access.READ_FILE | Access.WRITE_FILE | Access.IOCTL_DEV)
+ALL = (1 << 16) - 1
+WRITE = ALL & ~int(Access.MAKE_CHAR | Access.MAKE_BLOCK)
+_OF_FILES = int(Access.EXECUTE | Access.WRITE_FILE | Access.READ_FILE | Access.TRUNCATE | Access.IOCTL_DEV)
 
 MIN_ABI = 2  # Linux 5.19: before, a domain forbids every rename into another folder
 READ_ONLY_ABI = 3  # Linux 6.2: before, truncate(2) cannot be denied
@@ -78,22 +79,22 @@ def abi() -> int:
         raise
 
 
-def restrict(handled: Access, allowed: Iterable[tuple[str, Access]], scopes: Scope) -> None:
+def restrict(handled: int, allowed: Iterable[tuple[str, int]], scopes: int) -> None:
     """Enter a domain of its own, for good. Needs `PR_SET_NO_NEW_PRIVS`, and a process with one thread.
 
     A domain may not trace, or look into, a process outside it, and may not mount, whatever else it allows. What
     this kernel does not know of `handled` and `scopes` is left out.
 
     Args:
-        handled: rights that are denied, but for what follows.
+        handled: rights that are denied, of `Access`, but for what follows.
         allowed: a path and the rights below it. One that does not exist is passed over.
-        scopes: what stays inside the domain.
+        scopes: what stays inside the domain, of `Scope`.
 
     Raises:
         OSError: the kernel refused.
     """
     handled &= _known()
-    known_scopes = scopes if abi() >= SCOPE_ABI else Scope(0)
+    known_scopes = scopes if abi() >= SCOPE_ABI else 0
     attributes = _RULESET.pack(handled, 0, known_scopes)
     ruleset = syscall("landlock_create_ruleset", _CREATE_RULESET, attributes, len(attributes), 0)
     try:
@@ -104,7 +105,7 @@ def restrict(handled: Access, allowed: Iterable[tuple[str, Access]], scopes: Sco
         os.close(ruleset)
 
 
-def _allow(ruleset: int, path: str, rights: Access) -> None:
+def _allow(ruleset: int, path: str, rights: int) -> None:
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError, PermissionError):  # nor could the plugin reach it
@@ -113,16 +114,16 @@ def _allow(ruleset: int, path: str, rights: Access) -> None:
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             rights &= _OF_FILES
         rule = _PATH_BENEATH.pack(rights, fd)
-        syscall(f"landlock_add_rule({path})", _ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0)
+        syscall("landlock_add_rule", _ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0)
     finally:
         os.close(fd)
 
 
 @functools.cache
-def _known() -> Access:
+def _known() -> int:
     known = ALL
     if abi() < 5:  # Linux 6.10
-        known &= ~Access.IOCTL_DEV
+        known &= ~int(Access.IOCTL_DEV)
     if abi() < READ_ONLY_ABI:
-        known &= ~Access.TRUNCATE
+        known &= ~int(Access.TRUNCATE)
     return known

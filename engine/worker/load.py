@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import json  # noqa: F401 - most libraries want it: loaded once, and never a file of the plugin's by that name
 import logging
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +21,7 @@ from msgspec import msgpack
 
 from engine.sandbox import wire
 from engine.worker import confine, failure
+from engine.worker.rejects import doubts
 from engine.worker.tools import BoundTool, ToolInvalid, bind
 
 _SHARED_LIBRARY = re.compile(r"(\S+\.so\S*): cannot open shared object file")
@@ -41,13 +45,20 @@ class Context:
         log: a logger whose lines become `plugin.log` events.
     """
 
-    def __init__(
-        self, models: dict[str, Path], settings: dict[str, Any], scratch: Path, log: logging.Logger
-    ) -> None:
-        self.models = models
-        self.settings = settings
-        self.scratch = scratch
+    def __init__(self, start: wire.Start, log: logging.Logger) -> None:
+        self._start = start
+        self.settings: dict[str, Any] = msgpack.decode(start.settings)
         self.log = log
+
+    # Made when they are asked for: `pathlib` takes as much of a small worker's memory as its logger.
+
+    @functools.cached_property
+    def models(self) -> dict[str, Path]:
+        return {name: Path(path) for name, path in self._start.models.items()}
+
+    @functools.cached_property
+    def scratch(self) -> Path:
+        return Path(self._start.scratch)
 
 
 class _LogHandler(logging.Handler):
@@ -69,12 +80,7 @@ def load(start: wire.Start, send: Callable[[wire.Message], None]) -> dict[str, B
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     logger.addHandler(_LogHandler(send))
-    context = Context(
-        {name: Path(path) for name, path in start.models.items()},
-        msgpack.decode(start.settings),
-        Path(start.scratch),
-        logger,
-    )
+    context = Context(start, logger)
     with _stage("import", start, send):
         plugin_class = _import(start)
     with _stage("init", start, send):
@@ -86,8 +92,11 @@ def load(start: wire.Start, send: Callable[[wire.Message], None]) -> dict[str, B
         for name, rejects in start.tools.items():
             method = getattr(instance, name, None)
             if not callable(method):
-                raise _refusal("tools", "no_tool", f"[tools.{name}] has no method `{name}` on {start.entry}")
+                text = f"[tools.{name}] has no method `{name}` on {start.entry}{_nearest(name, type(instance))}"
+                raise _refusal("tools", "no_tool", text)
             tools[name] = bind(name, method, rejects)
+        for doubt in doubts(start.tools):
+            send(wire.LogLine("warning", doubt))
         return tools
 
 
@@ -95,14 +104,14 @@ def _import(start: wire.Start) -> Callable[[Context], Any]:
     module_name, _, class_name = start.entry.partition(":")
     sys.path.insert(0, start.folder)
     sys.dont_write_bytecode = True  # a stale .pyc must not survive an edit that a restart should show
-    importlib.invalidate_caches()
     module = importlib.import_module(module_name)
-    if _hidden(module_name, Path(start.folder)):
+    if _hidden(module_name, start.folder):
         text = f"the entry `{start.entry}` is a module of the standard library; rename {module_name}.py"
         raise _refusal("import", "hidden", text)
     plugin_class = getattr(module, class_name, None)
     if not callable(plugin_class):
-        raise _refusal("import", "no_class", f"{module_name}.py has no class `{class_name}`")
+        text = f"{module_name}.py has no class `{class_name}`{_nearest(class_name, module)}"
+        raise _refusal("import", "no_class", text)
     made: Callable[[Context], Any] = plugin_class
     return made
 
@@ -110,9 +119,17 @@ def _import(start: wire.Start) -> Callable[[Context], Any]:
 def _validate(instance: Any, start: wire.Start) -> None:
     validate = getattr(instance, "validate", None)
     if not callable(validate):
-        raise _refusal("validate", "no_validate", f"{start.entry} has no method `validate`")
+        text = f"{start.entry} has no method `validate`{_nearest('validate', type(instance))}"
+        raise _refusal("validate", "no_validate", text)
     if validate() is False:
         raise _refusal("validate", "returned_false", "validate() returned False")
+
+
+def _nearest(name: str, owner: object) -> str:
+    """The public function or class of `owner` whose name is nearest, if one is near."""
+    known = [word for word in dir(owner) if not word.startswith("_") and callable(getattr(owner, word, None))]
+    near = get_close_matches(name, known, 1)
+    return f" (did you mean `{near[0]}`?)" if near else ""
 
 
 def _refusal(stage: str, kind: str, message: str) -> Refused:
@@ -152,10 +169,13 @@ def _report(stage: str, exc: BaseException, start: wire.Start) -> wire.StartFail
     return wire.StartFailed(stage, kind, failure.type_name(type(exc)), text, at, chain)
 
 
-def _hidden(name: str, folder: Path) -> bool:
+def _hidden(name: str, where: str) -> bool:
     """Whether a module of the plugin's folder bears the name of a standard one that was there before it."""
     top = name.partition(".")[0]
-    if top not in sys.stdlib_module_names or not ((folder / top).is_dir() or (folder / f"{top}.py").is_file()):
+    if top not in sys.stdlib_module_names:
+        return False
+    folder = Path(where)
+    if not ((folder / top).is_dir() or (folder / f"{top}.py").is_file()):
         return False
     file = getattr(sys.modules.get(top), "__file__", None)
     return not (isinstance(file, str) and Path(file).is_relative_to(folder))
@@ -168,7 +188,7 @@ def _hint(exc: BaseException, folder: Path) -> str:
         name = exc.obj.__name__
     elif isinstance(exc, ImportError):
         name = exc.name
-    if not isinstance(name, str) or not _hidden(name, folder):
+    if not isinstance(name, str) or not _hidden(name, str(folder)):
         return ""
     return f" (that is the standard library's `{name}`, not the plugin's own: rename the plugin's)"
 

@@ -21,13 +21,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from engine.worker.native import checked, libc, syscall
+from engine.worker import native
+from engine.worker.native import checked, syscall
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWIPC = 0x08000000
 _MS_REMOUNT = 32
-_SHM = "/dev/shm"  # noqa: S108 - the place itself
+_SHM = b"/dev/shm"
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MS_BIND = 4096
 _MS_REC = 16384
@@ -85,18 +86,19 @@ def own_shm() -> str:
         "" or, in words, why this could not be done.
     """
     try:
-        checked(libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC), "unshare(CLONE_NEWNS | CLONE_NEWIPC)")
-        _mount(None, "/", None, _MS_REC | _MS_SLAVE)
-        _mount("holdfast", _SHM, "tmpfs", _MS_NOSUID_NODEV_NOEXEC, b"size=1m,mode=1777")
+        checked(native.unshare(_CLONE_NEWNS | _CLONE_NEWIPC), "unshare(CLONE_NEWNS | CLONE_NEWIPC)")
+        _mount(None, b"/", None, _MS_REC | _MS_SLAVE)
+        _mount(b"holdfast", _SHM, b"tmpfs", _MS_NOSUID_NODEV_NOEXEC, b"size=1m,mode=1777")
     except OSError as exc:
-        return f"{_SHM} is shared with other processes ({exc.strerror}): what is left there outlives the plugin"
+        fact = f"{_SHM.decode()} is shared with other processes ({exc.strerror})"
+        return f"{fact}: what is left there outlives the plugin"
     return ""
 
 
 def limit_shm(size_bytes: int) -> None:
     """Let it hold that much."""
-    options = f"size={size_bytes},nr_inodes={max(1024, size_bytes // _SHM_FILE_BYTES)}"
-    _mount("holdfast", _SHM, "tmpfs", _MS_NOSUID_NODEV_NOEXEC | _MS_REMOUNT, options.encode())
+    options = b"size=%d,nr_inodes=%d" % (size_bytes, max(1024, size_bytes // _SHM_FILE_BYTES))
+    _mount(b"holdfast", _SHM, b"tmpfs", _MS_NOSUID_NODEV_NOEXEC | _MS_REMOUNT, options)
 
 
 def seal_proc() -> None:
@@ -105,7 +107,7 @@ def seal_proc() -> None:
     Otherwise a plugin of the engine's user could make the engine the first that the kernel's OOM killer takes, or
     the last that gets a processor. Both stand below /proc/PID, where Landlock does not tell processes apart.
     """
-    _set_read_only(Path("/proc"), 0)
+    _set_read_only(b"/proc", 0)
 
 
 def _interpreter() -> Iterator[Path]:
@@ -118,29 +120,29 @@ def _interpreter() -> Iterator[Path]:
 def _enter(private: Sequence[Path], keep: Path) -> None:
     root = os.geteuid() == 0
     try:
-        checked(libc.unshare(_CLONE_NEWNS), "unshare(CLONE_NEWNS)")
+        checked(native.unshare(_CLONE_NEWNS), "unshare(CLONE_NEWNS)")
     except PermissionError:
         root = False
         _enter_user_namespace()
-    _mount(None, "/", None, _MS_REC | _MS_SLAVE)
+    _mount(None, b"/", None, _MS_REC | _MS_SLAVE)
     for path in private:
         if path.is_dir():
             _cover(path, keep)
         else:
-            _mount("/dev/null", str(path), None, _MS_BIND)
-    for path in map(Path, _KERNEL_SWITCHES):
-        if path.exists():
-            _mount(str(path), str(path), None, _MS_BIND | _MS_REC)
-            _set_read_only(path, _AT_RECURSIVE)
+            _mount(b"/dev/null", os.fsencode(path), None, _MS_BIND)
+    for switches in map(os.fsencode, _KERNEL_SWITCHES):
+        if Path(os.fsdecode(switches)).exists():
+            _mount(switches, switches, None, _MS_BIND | _MS_REC)
+            _set_read_only(switches, _AT_RECURSIVE)
     if root:  # whom a disk's permissions do not stop
         for device in _disks():
-            _mount("/dev/null", device, None, _MS_BIND)
+            _mount(b"/dev/null", os.fsencode(device), None, _MS_BIND)
 
 
 def _enter_user_namespace() -> None:
     """Be allowed to mount, as the same user and group."""
     uid, gid = os.geteuid(), os.getegid()
-    checked(libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS), "unshare(CLONE_NEWUSER)")
+    checked(native.unshare(_CLONE_NEWUSER | _CLONE_NEWNS), "unshare(CLONE_NEWUSER)")
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
@@ -151,11 +153,12 @@ def _cover(folder: Path, keep: Path) -> None:
     inside = keep != folder and keep.is_relative_to(folder)
     kept = os.open(keep, os.O_PATH | os.O_CLOEXEC) if inside else None
     try:
-        _mount("holdfast", str(folder), "tmpfs", _MS_NOSUID_NODEV_NOEXEC, b"size=64k,mode=755")
+        covered = os.fsencode(folder)
+        _mount(b"holdfast", covered, b"tmpfs", _MS_NOSUID_NODEV_NOEXEC, b"size=64k,mode=755")
         if kept is not None:
             keep.mkdir(mode=0o700, parents=True)
-            _mount(f"/proc/self/fd/{kept}", str(keep), None, _MS_BIND | _MS_REC)
-        _set_read_only(folder, 0)
+            _mount(b"/proc/self/fd/%d" % kept, os.fsencode(keep), None, _MS_BIND | _MS_REC)
+        _set_read_only(covered, 0)
     finally:
         if kept is not None:
             os.close(kept)
@@ -172,12 +175,10 @@ def _disks() -> Iterator[str]:
                     yield path
 
 
-def _mount(source: str | None, target: str, kind: str | None, flags: int, data: bytes | None = None) -> None:
-    names = [None if each is None else os.fsencode(each) for each in (source, target, kind)]
-    checked(libc.mount(*names, flags, data), f"mount {target}")
+def _mount(source: bytes | None, target: bytes, kind: bytes | None, flags: int, data: bytes | None = None) -> None:
+    checked(native.mount(source, target, kind, flags, data), "mount")
 
 
-def _set_read_only(path: Path, flags: int) -> None:
+def _set_read_only(path: bytes, flags: int) -> None:
     attributes = _MOUNT_ATTR.pack(_MOUNT_ATTR_RDONLY, 0, 0, 0)
-    arguments = (_AT_FDCWD, os.fsencode(path), flags, attributes, len(attributes))
-    syscall(f"mount_setattr {path}", _MOUNT_SETATTR, *arguments)
+    syscall("mount_setattr", _MOUNT_SETATTR, _AT_FDCWD, path, flags, attributes, len(attributes))

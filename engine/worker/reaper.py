@@ -104,7 +104,7 @@ def end_orphans(spared: Callable[[int], bool], within_s: float, on_end: Callable
     """Kill every child of this process, and what lands here when those die, until there is none.
 
     A process that forks and exits without pause has another number by the time that a pass over all of /proc
-    comes to it. So the kernel's list of our children is worked through; the pass only confirms that none is left.
+    comes to it. So the kernel's list of our children is worked through.
 
     Args:
         spared: whether a child stays.
@@ -119,7 +119,6 @@ def end_orphans(spared: Callable[[int], bool], within_s: float, on_end: Callable
     while (now := time.monotonic()) < deadline:
         collected = collect(min(now + _COLLECT_S, deadline), on_end)
         orphans = [pid for pid in _children() if not spared(pid)]
-        orphans = orphans or [pid for pid in proc.children(os.getpid()) if not spared(pid)]
         if collected and not orphans:
             return True
         for pid in orphans:  # whoever ended meanwhile keeps its number until it is collected
@@ -145,11 +144,15 @@ def collect(deadline_s: float, on_end: Callable[[int, int], None]) -> bool:
 
 
 def _children() -> list[int]:
-    """Of this process, which has one thread; the kernel may leave some out, and where it keeps no list, all."""
+    """Of this process, which has one thread.
+
+    The kernel's list may leave one out while others leave it (proc(5)). None of ours does: a child that ended
+    stays in it until it is collected, which nobody else does, and a new one comes last.
+    """
     try:
         fd = os.open("/proc/thread-self/children", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return []
+    except FileNotFoundError:  # a kernel that keeps no such lists
+        return proc.children(os.getpid())
     try:
         return [int(pid) for part in iter(lambda: os.read(fd, 65536), b"") for pid in part.split()]
     finally:

@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import contextlib
 import faulthandler
+import importlib
 import inspect
 import math
 import os
@@ -29,16 +30,48 @@ from engine.sandbox.frames import Frames
 from engine.worker import confine, contain, failure, lending, load, mounts, tools
 
 _PROGRESS_INTERVAL_S = 0.1  # a tool may report each of a million steps; a person reads ten a second
+# To be woken up takes as long as all the rest of a short call, on virtual machines above all. So a worker that was
+# called again soon after its last answer stays awake for a moment after the next one; others sleep at once.
+_AWAKE_S = 200e-6
+_SOON_S = 1e-3
 _FIRST_FD = 100  # our descriptors start here, so that a plugin that closes 3 to 99 does not hit them
 
 
-# Listed once, in the fork server: whoever looks at all names in `sys.modules` touches, and so copies, all of them.
-_OWN_MODULES: list[str] = []
+_MAX_FD = os.sysconf("SC_OPEN_MAX")
 
 
 def prepare() -> None:
-    """In the fork server, once everything is imported: have ready what every worker would do again."""
-    _OWN_MODULES[:] = [name for name in sys.modules if name == "engine" or name.startswith("engine.")]
+    """In the fork server, once everything is imported: have ready what every worker would do again.
+
+    A page that a worker writes to is its own from then on, and to look at a Python object is to write to it. So
+    this is as much about a worker's memory as about its time.
+    """
+    tools.prepare()
+    # A worker's first import looks into every folder anew, however fresh their times may be.
+    importlib.invalidate_caches()
+    _make_streams()
+    # Out of the plugin's sight. Nothing of Holdfast is imported from here on.
+    for name in [name for name in sys.modules if name == "engine" or name.startswith("engine.")]:
+        del sys.modules[name]
+
+
+def _make_streams() -> None:
+    """`sys.stdin` to `sys.stderr`, as workers have them: over a pipe, because they ask what they are made for."""
+    kept = [os.dup(fd) for fd in (1, 2)]
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    for fd in (1, 2):
+        os.dup2(writing, fd)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = _writer(1), _writer(2)
+    for fd, old in zip((1, 2), kept, strict=True):
+        os.dup2(old, fd)
+    for fd in (*kept, reading, writing):
+        os.close(fd)
+
+
+def _writer(fd: int) -> TextIO:
+    """A line is handed over when it is whole."""
+    return open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 class Descriptors(NamedTuple):
@@ -55,11 +88,10 @@ class Descriptors(NamedTuple):
         """Move the descriptors to their places, and close every other one the fork brought along."""
         moved = [os.dup2(fd, _FIRST_FD + n, inheritable=False) for n, fd in enumerate(fds)]
         own = cls(*moved)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for fd, number in ((null, 0), (own.output, 1), (own.output, 2)):
-            os.dup2(fd, number)
+        os.dup2(own.output, 1)  # 0 is /dev/null, as it is the fork server's
+        os.dup2(own.output, 2)
         os.closerange(3, _FIRST_FD)
-        os.closerange(_FIRST_FD + len(own), os.sysconf("SC_OPEN_MAX"))
+        os.closerange(_FIRST_FD + len(own), _MAX_FD)
         return own
 
 
@@ -71,6 +103,7 @@ class Channel:
         self._socket.setblocking(True)
         self._lock = threading.Lock()
         self._frames = Frames()
+        self._soon = False  # something came soon, the last time
 
     def send(self, message: wire.Message) -> None:
         """Send one message; a worker without a channel ends here, since nobody could hear it any more."""
@@ -84,7 +117,7 @@ class Channel:
         """The next frame, valid until the next call; None once the engine has closed its end."""
         while (frame := self._frames.take()) is None:
             try:
-                count = self._socket.recv_into(self._frames.room())
+                count = self._wait(self._frames.room())
             except OSError:
                 os._exit(wire.EXIT_CHANNEL_LOST)
             if not count:
@@ -92,13 +125,25 @@ class Channel:
             self._frames.came(count)
         return frame
 
+    def _wait(self, room: memoryview) -> int:
+        """Receive something; the number of bytes."""
+        began_s = time.perf_counter()
+        while self._soon and time.perf_counter() - began_s < _AWAKE_S:
+            try:
+                return self._socket.recv_into(room, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+        count = self._socket.recv_into(room)
+        self._soon = time.perf_counter() - began_s < _SOON_S
+        return count
+
     def forget(self) -> None:
         """In a forked child of the plugin: it must not speak in the worker's name."""
         with contextlib.suppress(OSError):
             self._socket.close()
 
 
-def run(descriptors: Descriptors, scratch: Path) -> int:
+def run(descriptors: Descriptors, scratch: str) -> int:
     """Be a worker until the engine closes the channel; returns the exit status."""
     channel = Channel(descriptors.channel)
     _settle_in(descriptors, scratch, channel)
@@ -116,46 +161,36 @@ def run(descriptors: Descriptors, scratch: Path) -> int:
             mounts.limit_shm(start.memory_bytes + start.memory_bytes // 4)  # the watch is to find it first
             mounts.seal_proc()
         contain.apply(start)
-        sys.addaudithook(_suicide_note(descriptors.stack, Path(start.folder)))
+        sys.addaudithook(_suicide_note(descriptors.stack, start.folder))
         plugin_tools = load.load(start, channel.send)
     except load.Refused as exc:
         channel.send(exc.report)
         channel.receive()  # the engine ends us, having read the report
         return 0
-    caller = Caller(channel, Path(start.folder), plugin_tools, start.max_result_bytes, descriptors)
+    caller = Caller(channel, start.folder, plugin_tools, start.max_result_bytes, descriptors)
     channel.send(wire.Ready({name: tool.info for name, tool in plugin_tools.items()}))
     caller.serve()
     atexit._run_exitfuncs()  # noqa: SLF001 - we leave by os._exit, which skips the plugin's own clean-up
     return 0
 
 
-def _settle_in(descriptors: Descriptors, scratch: Path, channel: Channel) -> None:
-    """Streams, stack dumps and folders; and Holdfast's own modules out of the plugin's sight."""
-    # Anew, because the fork server's were made for other files. A line is handed over when it is whole.
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = _writer(1)
-    sys.stderr = _writer(2)
+def _settle_in(descriptors: Descriptors, scratch: str, channel: Channel) -> None:
+    """Stack dumps, forks and folders."""
     faulthandler.enable(descriptors.stack, all_threads=True)
     faulthandler.register(wire.DUMP_SIGNAL, descriptors.stack, all_threads=True, chain=False)
     os.register_at_fork(after_in_child=channel.forget)
-    scratch.mkdir(mode=0o700, parents=True)
+    os.mkdir(scratch, 0o700)  # noqa: PTH102 - nothing so far needs a `Path`
     os.chdir(scratch)
-    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
-    for name in _OWN_MODULES:
-        sys.modules.pop(name, None)
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch
 
 
-def _writer(fd: int) -> TextIO:
-    return open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-
-
-def _suicide_note(stack_fd: int, folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
+def _suicide_note(stack_fd: int, folder: str) -> Callable[[str, tuple[Any, ...]], None]:
     """An audit hook that writes down a signal the plugin sends to itself: afterwards nobody could tell."""
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         own = event in ("os.kill", "os.killpg") and args[0] in (0, os.getpid(), -os.getpid())
         if own or event == "signal.pthread_kill":  # a thread of another process cannot be named
-            at = failure.caller(sys._getframe(1), folder)  # noqa: SLF001 - the documented way to a frame
+            at = failure.caller(sys._getframe(1), Path(folder))  # noqa: SLF001 - the documented way to a frame
             with contextlib.suppress(OSError):
                 os.write(stack_fd, f"self-signal {int(args[1])} at {at}\n".encode())
 
@@ -168,7 +203,7 @@ class Caller:
     def __init__(
         self,
         channel: Channel,
-        folder: Path,
+        folder: str,
         plugin_tools: dict[str, tools.BoundTool],
         max_result_bytes: int,
         descriptors: Descriptors,
@@ -182,6 +217,7 @@ class Caller:
         self._tools = plugin_tools
         self._max_result_bytes = max_result_bytes
         self._out = Arena(descriptors.arena_out, writable=True)
+        self._encoder = values.Encoder(self._out)
         arena_in = Arena(descriptors.arena_in, writable=False)
         self._lender = lending.Lender(arena_in.size)
         self._decoder = values.Decoder(arena_in, self._lender.make, files=True)
@@ -244,7 +280,7 @@ class Caller:
         except BaseException as exc:  # plugin code may raise anything
             return self._failed(call.call_id, tool, exc)
         try:
-            return wire.Result(call.call_id, self._encode(value, call.call_id, self._out))
+            return wire.Result(call.call_id, self._encode(value, call.call_id, self._encoder))
         except _Unsendable as exc:
             return exc.failed
 
@@ -255,11 +291,11 @@ class Caller:
             value = self._await(value)
         if isinstance(value, AsyncIterator):
             for item in self._drive(value):
-                self._send(wire.Item(call_id, self._encode(item, call_id, None)))
+                self._send(wire.Item(call_id, self._encode(item, call_id, _inline_encoder)))
             return None
         if tool.info.streams:
             for item in value:
-                self._send(wire.Item(call_id, self._encode(item, call_id, None)))
+                self._send(wire.Item(call_id, self._encode(item, call_id, _inline_encoder)))
             return None
         return value
 
@@ -294,13 +330,12 @@ class Caller:
 
         return progress
 
-    def _encode(self, value: Any, call_id: int, arena: Arena | None) -> Any:
+    def _encode(self, value: Any, call_id: int, encoder: values.Encoder) -> Any:
         """Raises _Unsendable where the value cannot be sent."""
         try:
-            if arena is not None:
-                self._until_taken()
-                arena.reset()
-            encoded = tools.encode_result(value, arena)
+            self._until_taken()
+            self._out.reset()
+            encoded = tools.encode_result(value, encoder)
         except ArenaFull:
             raise _Unsendable(self._too_large(call_id)) from None
         except values.TooManyValues as exc:
@@ -313,7 +348,7 @@ class Caller:
             raise _Unsendable(wire.Failed(call_id, "invalid", kind, text)) from None
         if memoryview(encoded).nbytes > min(self._max_result_bytes, wire.MAX_FRAME_BYTES - 1024):
             raise _Unsendable(self._too_large(call_id))
-        if arena is not None and arena.used:
+        if self._out.used:
             self._in_arena = call_id
         return encoded
 
@@ -341,8 +376,11 @@ class Caller:
             kind = "memory"
         if kind == "exception":
             self._send(wire.LogLine("error", failure.trace(exc)))
-        at = failure.where(exc.__traceback__, self._folder)
+        at = failure.where(exc.__traceback__, Path(self._folder))
         return wire.Failed(call_id, kind, failure.type_name(type(exc)), failure.message(exc), at)
+
+
+_inline_encoder = values.Encoder(None)
 
 
 class _Unsendable(Exception):

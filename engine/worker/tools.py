@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import inspect
-import json
 import re
 import typing
 from collections.abc import Callable
@@ -18,7 +18,6 @@ import msgspec
 from msgspec import UNSET, UnsetType, msgpack
 
 from engine.sandbox import values, wire
-from engine.sandbox.arena import Arena
 
 _PROGRESS = "progress"
 _BYTES = (bytes, bytearray, memoryview)
@@ -27,6 +26,15 @@ _BYTES = (bytes, bytearray, memoryview)
 _MAX_DEPTH = 256  # of a result; far below where either side's stack would end
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _CHECKED = (*_CONTAINERS, msgpack.Ext)
+
+# Asked for once, in the fork server: what msgspec walks to find these out, each worker would have a copy of.
+_PLAIN: dict[Any, dict[str, Any]] = {}
+
+
+def prepare() -> None:
+    """In the fork server: have the schemas of the commonest hints ready."""
+    plain = (bool, int, float, str, bytes)
+    _PLAIN.update(zip(plain, msgspec.json.schema_components(plain)[0], strict=True))
 
 
 class BadInput(Exception):
@@ -74,8 +82,8 @@ def bind(name: str, method: Callable[..., Any], rejects: tuple[str, ...]) -> Bou
             fields.append((parameter.name, hint | UnsetType if hint is not Any else Any, UNSET))
     arguments = msgspec.defstruct(name, fields, forbid_unknown_fields=True, kw_only=True)
     try:
-        schema = _schema(arguments, defaults)
-    except TypeError as exc:
+        schema = _schema(name, wanted, defaults)
+    except (TypeError, ValueError) as exc:
         raise ToolInvalid(f"a type hint of `{name}` has no JSON Schema: {exc}") from None
     returns = typing.get_origin(hints.get("return")) or hints.get("return")
     streams = (
@@ -101,19 +109,28 @@ def _is_array_type(kind: Any) -> bool:
     return getattr(kind, "__module__", "") == "numpy" and getattr(kind, "__name__", "") == "ndarray"
 
 
-def _schema(arguments: type[msgspec.Struct], defaults: dict[str, Any]) -> str:
-    (root,), definitions = msgspec.json.schema_components(
-        [arguments], schema_hook=_schema_of, ref_template="#/$defs/{name}"
-    )
-    schema = definitions.pop(arguments.__name__, root)
-    for name, default in defaults.items():
-        try:
-            schema["properties"][name]["default"] = json.loads(msgspec.json.encode(default))
-        except (TypeError, ValueError):  # a default without a JSON form is simply not shown
-            continue
+def _schema(name: str, hints: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """The arguments' JSON Schema, as JSON: an object with a property for each hint."""
+    others = {argument: hint for argument, hint in hints.items() if not (type(hint) is type and hint in _PLAIN)}
+    properties = {argument: _PLAIN[hint] for argument, hint in hints.items() if argument not in others}
+    definitions = None
+    if others:
+        schemas, definitions = msgspec.json.schema_components(others.values(), schema_hook=_schema_of)
+        properties |= dict(zip(others, schemas, strict=True))
+    for argument, default in defaults.items():
+        with contextlib.suppress(TypeError, ValueError):  # a default without a JSON form is simply not shown
+            shown = msgspec.Raw(msgspec.json.encode(default))
+            properties[argument] = {**properties[argument], "default": shown}
+    schema: dict[str, Any] = {
+        "title": name,
+        "type": "object",
+        "properties": {argument: properties[argument] for argument in hints},
+        "required": [argument for argument in hints if argument not in defaults],
+        "additionalProperties": False,
+    }
     if definitions:
         schema["$defs"] = definitions
-    return json.dumps(schema)
+    return msgspec.json.encode(schema).decode()
 
 
 def _schema_of(kind: type) -> dict[str, Any]:
@@ -297,11 +314,10 @@ def _shown_hint(hint: Any) -> str:
     return f"`{str(hint).replace('typing.', '')}`"
 
 
-def encode_result(value: Any, arena: Arena | None) -> msgspec.Raw:
-    """A result or item for the wire. Raises like `values.encode`, and TypeError for keys JSON cannot have."""
+def encode_result(value: Any, encoder: values.Encoder) -> msgspec.Raw:
+    """A result or item for the wire. Raises like `Encoder.encode`, and TypeError for keys JSON cannot have."""
     _check(value, 0)
-    encoded = values.encode(value, arena, values.MAX_VALUE_BYTES)
-    return msgspec.Raw(encoded)
+    return msgspec.Raw(encoder.encode(value, values.MAX_VALUE_BYTES))
 
 
 def _check(value: Any, depth: int) -> None:
