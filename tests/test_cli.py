@@ -218,6 +218,23 @@ def test_serve_prints_its_address_and_the_plugins_table(server: tuple[str, list[
     assert "UNAVAILABLE  package_missing: package `no_such_package_anywhere` is missing" in rows["needy"]
 
 
+def test_closed_standard_streams_are_no_trouble(tmp_path: Path) -> None:
+    command = f"exec {sys.executable} -m engine check {tmp_path / 'plugins'} <&- >&- 2>&-"
+    write_plugin(tmp_path / "plugins", "worker", PLUGIN, ["echo"])
+    assert (
+        subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment(), timeout=50, check=False).returncode
+        == 0
+    )
+    serve = [sys.executable, "-m", "engine", "serve", "--no-bundled", "--port", "0", "--data", "data"]
+    with subprocess.Popen(
+        ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", *serve], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert b"serves at" in process.stdout.readline()
+        process.terminate()
+        assert process.wait(30) == 0
+
+
 def test_port_in_use_is_exit_2_with_the_next_step(tmp_path: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
@@ -320,6 +337,19 @@ def test_items_are_lines_of_a_file_or_of_stdout(place: list[str], tmp_path: Path
     *others, last = map(json.loads, as_json.stdout.splitlines())
     assert [line["item"] for line in others if "item" in line] == [{"n": 0}]
     assert last["outcome"]["ok"] is True
+
+
+def test_run_ends_quietly_with_whoever_reads_its_items(place: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "engine", "run", "worker", "count", "n=100000", *place]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as reading:
+        assert reading.stdout is not None
+        assert reading.stderr is not None
+        assert reading.stdout.readline() == b'{"n":0}\n'
+        reading.stdout.close()
+        assert reading.stderr.read() == b""
+    assert reading.returncode == 0
 
 
 def test_no_items_leave_an_empty_file_and_bad_input_an_old_one(place: list[str], tmp_path: Path) -> None:
@@ -475,6 +505,38 @@ def test_events_are_pages_of_the_log(url: str, tmp_path: Path) -> None:
     assert "to=UNAVAILABLE reason_code=package_missing" in later.stdout
 
 
+def test_events_of_an_unknown_plugin_are_waited_for_with_a_warning(url: str, tmp_path: Path) -> None:
+    page = holdfast("events", "--url", url, "--plugin", "wrker", cwd=tmp_path)
+    assert (page.returncode, page.stdout) == (0, "")
+    assert "there is no plugin `wrker`; did you mean `worker`? (this is what the log has" in one_line(page.stderr)
+    words = ["events", "--follow", "--plugin", "wrker", "--url", url]
+    with subprocess.Popen(
+        [sys.executable, "-m", "engine", *words],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as follower:
+        assert follower.stderr is not None
+        assert "did you mean `worker`? (waiting for it all the same)" in follower.stderr.readline()
+        assert follower.poll() is None
+        follower.terminate()
+
+
+@pytest.mark.parametrize("flags", [[], ["--follow"], ["--json", "--follow"]])
+def test_events_end_quietly_with_whoever_reads_them(flags: list[str], url: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "engine", "events", *flags, "--url", url]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as reading:
+        assert reading.stdout is not None
+        assert reading.stderr is not None
+        reading.stdout.close()
+        assert reading.stderr.read() == b""
+    assert reading.returncode == 0
+
+
 def test_followed_events_end_with_the_server(folder: Path, tmp_path: Path) -> None:
     with serving(tmp_path, "--plugins", folder, "--data", "data", plugins=2) as (url, _):
         follower = subprocess.Popen(
@@ -513,6 +575,16 @@ def test_check_is_exit_0_only_if_every_plugin_is_fit(folder: Path, tmp_path: Pat
     empty = holdfast("check", "empty", cwd=tmp_path)
     assert empty.returncode == 2
     assert "no plugin in" in one_line(empty.stderr)
+
+
+def test_check_shows_what_a_plugin_is_warned_of(tmp_path: Path) -> None:
+    write_plugin(tmp_path / "plugins", "picky", PLUGIN, {"echo": 'rejects = ["ValueErorr"]'})
+    checked = holdfast("check", "plugins", cwd=tmp_path)
+    assert checked.returncode == 0
+    assert "picky: [tools.echo] rejects `ValueErorr`" in one_line(checked.stderr)
+    with serving(tmp_path, "--plugins", "plugins", "--data", "data", plugins=1):
+        pass
+    assert "picky: [tools.echo] rejects `ValueErorr`" in (tmp_path / "serve.err").read_text()
 
 
 def test_audit_verify_finds_the_altered_line(tmp_path: Path) -> None:

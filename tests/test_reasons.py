@@ -8,6 +8,7 @@ import pytest
 from support import hosting, write_honest, write_plugin
 
 from engine.outcome import Refused
+from events.envelope import PluginLog
 
 PLAIN = """
 class Plugin:
@@ -41,6 +42,35 @@ NOT_FIT = {
         {"code": with_import("from collections import no_such_name")},
         ("FAILED", "import_error"),
         ["import raised ImportError", "no_such_name", "plugin.py:1"],
+    ),
+    "no_such_method": (
+        {"code": PLAIN.replace("def work", "def wrok")},
+        ("FAILED", "manifest_invalid"),
+        ["[tools.work] has no method `work` on plugin:Plugin (did you mean `wrok`?); mend it"],
+    ),
+    "no_such_class": (
+        {"code": PLAIN.replace("Plugin", "Plugn")},
+        ("FAILED", "import_error"),
+        ["plugin.py has no class `Plugin` (did you mean `Plugn`?); mend it"],
+    ),
+    "no_validate": (
+        {"code": PLAIN.replace("validate", "validade")},
+        ("FAILED", "validate_failed"),
+        ["plugin:Plugin has no method `validate` (did you mean `validade`?); add one"],
+    ),
+    "called_wrongly_by_holdfast": (
+        {"code": PLAIN.replace("self, context", "self")},
+        ("FAILED", "init_error"),
+        ["takes 1 positional argument but 2 were given; mend it"],  # no line of Holdfast's is named
+    ),
+    "in_a_library": (
+        {
+            "code": with_import("import functools, json").replace(
+                "def validate(self): pass", 'validate = functools.partial(json.loads, "{")'
+            )
+        },
+        ("FAILED", "validate_failed"),
+        [" at decoder.py:", "in `raw_decode`; mend it"],
     ),
     "own_module_broken": (
         {"code": with_import("1 / 0")},
@@ -114,3 +144,59 @@ async def test_two_plugins_of_one_name_are_both_visible(plugins: Path, data_dir:
     assert other.reason is not None
     assert str(first) in other.reason
     assert str(second) in other.reason
+
+
+REJECTS = """
+import json
+class Torn(ValueError): pass
+class Plugin:
+    def __init__(self, context): pass
+    def validate(self): pass
+    def work(self, kind: str):
+        raise {"torn": Torn, "late": late, "json": lambda: json.loads("{")}[kind]()
+def late():
+    import wave
+    return wave.Error()
+"""
+
+
+async def test_a_name_under_rejects_that_means_nothing_is_said_when_the_plugin_starts(
+    plugins: Path, data_dir: Path
+) -> None:
+    fine = [
+        "KeyError",
+        "Torn",
+        "plugin.Torn",
+        "json.decoder.JSONDecodeError",
+        "wave.Error",
+        "wave.Eror",
+        "sub.Late",
+    ]
+    doubted = {
+        "ValueErorr": "did you mean `ValueError`?",
+        "IOError": "did you mean `OSError`?",
+        "json.JSONDecodeError": "did you mean `JSONDecodeError`?",
+        "json.nothing.Bad": "correct it",
+        "no_such_module.Error": "correct it",
+        "print": "correct it",
+    }
+    folder = write_plugin(plugins, "picky", REJECTS, {"work": f"rejects = {[*fine, *doubted]}"})
+    (folder / "sub.py").write_text("class Late(Exception): pass")
+    async with hosting(plugins, data_dir) as engine:
+        settled = engine.health("picky")
+        assert settled.state == "INITIALIZED"
+        said = []
+        async for event in engine.events():
+            if isinstance(event.data, PluginLog):
+                assert (event.subject, event.data.level) == ("picky", "warning")
+                said.append(event.data.message)
+            if event.sequence >= settled.as_of:
+                break
+        for kind in ("torn", "late", "json"):
+            outcome = await engine.run("picky", "work", {"kind": kind})
+            assert isinstance(outcome, Refused)
+            assert outcome.reason_code == "bad_input"
+    assert len(said) == len(doubted)
+    for line, (name, step) in zip(said, doubted.items(), strict=True):
+        assert line.startswith(f"[tools.work] rejects `{name}`, but no exception is called that")
+        assert step in line

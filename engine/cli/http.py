@@ -87,6 +87,8 @@ class Server:
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
             text = f"no server answers at {self.url} ({_why(exc)}); start one (holdfast serve) or correct --url"
             raise Failure(ExitCode.NO_SERVER, text) from None
+        except BrokenPipeError:  # of our own stdout, while the answer is read: aiohttp's is a ClientError
+            raise
         except (aiohttp.ClientError, ConnectionError):
             text = f"the connection to {self.url} was lost; look whether the server runs, then retry"
             raise Failure(ExitCode.NO_SERVER, text) from None

@@ -10,7 +10,7 @@ from types import TracebackType
 import msgspec
 from msgspec.structs import replace
 
-from engine.api.answers import no_json, state_of, tell
+from engine.api.answers import no_json, tell
 from engine.cli.arguments import Form
 from engine.cli.client import Answer, Sink, decode_reply
 from engine.cli.console import ExitCode, Failure
@@ -81,7 +81,7 @@ def one_shot(settings: Settings, plugin_dirs: tuple[Path, ...], data_dir: Path) 
 
 async def _call(engine: Engine, plugin: str, tool: str, form: Form, sink: Sink) -> Answer:
     parts = {name: text if isinstance(text, str) else values.FilePart(str(text)) for name, text in form.items()}
-    arguments = Encoded("form", values.encode(parts, None))
+    arguments = Encoded("form", values.Encoder(None).encode(parts))
     streamed = any(known.name == tool and known.streams for known in engine.describe(plugin).tools)
     stream = engine.stream(plugin, tool, arguments, on_progress=sink.progress)
     try:
@@ -98,5 +98,5 @@ async def _call(engine: Engine, plugin: str, tool: str, form: Form, sink: Sink) 
 
 
 def _answer(engine: Engine, plugin: str, outcome: Outcome, streamed: bool) -> Answer:
-    reply = decode_reply(tell(outcome, state_of(engine, plugin)).body)
+    reply = decode_reply(tell(outcome, engine, plugin).body)
     return Answer(reply, streamed, outcome.value if isinstance(outcome.value, bytes) else None)

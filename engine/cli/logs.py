@@ -9,6 +9,11 @@ from typing import Any
 import structlog
 
 
+def log_line(event: str, **fields: object) -> str:
+    """A warning of this log, as text for whoever writes it."""
+    return str(structlog.wrap_logger(structlog.ReturnLogger()).warning(event, **fields))
+
+
 def log_to_stderr(level: str) -> None:
     """The engine's own log: readable on a terminal, JSON lines elsewhere; never on stdout."""
     colors = sys.stderr.isatty()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
 
-from engine.cli.console import ExitCode, Failure, printable, say, table, write_json, write_raw
+from engine.cli.console import ExitCode, Failure, note, printable, say, table, write_json, write_raw
 from engine.cli.http import Server, lines
 
 _PAGE_EVENTS = 1000  # per request
@@ -93,13 +94,26 @@ def _json(value: Any) -> str:
 async def show_events(server: Server, *, after: int, plugin: str | None, follow: bool, json: bool) -> ExitCode:
     """The log's events from number `after` on, and then those to come."""
     async with server:
-        source = _following(server, after, plugin) if follow else _pages(server, after, plugin)
-        async for raw in source:
-            if json:
-                write_raw(raw + b"\n")
-            else:
-                say(_event_line(msgspec.json.decode(raw)))
+        if plugin:
+            await _warn_of_unknown(server, plugin, follow)
+        # Closed here, not by whoever finds it: `| head` ends us in the middle of it.
+        async with aclosing(
+            _following(server, after, plugin) if follow else _pages(server, after, plugin)
+        ) as source:
+            async for raw in source:
+                if json:
+                    write_raw(raw + b"\n")
+                else:
+                    say(_event_line(msgspec.json.decode(raw)))
     return ExitCode.FINE
+
+
+async def _warn_of_unknown(server: Server, plugin: str, follow: bool) -> None:
+    """A name that is not known may come, or be in the log; or it is misspelt, and would be waited for in vain."""
+    async with server.request("GET", f"/v1/plugins/{quote(plugin, safe='')}/health") as response:
+        if response.status == 404:
+            step = "waiting for it all the same" if follow else "this is what the log has of it"
+            note(f"{server.failure(404, await response.read())} ({step})")
 
 
 class _Page(msgspec.Struct):
@@ -107,7 +121,7 @@ class _Page(msgspec.Struct):
     next: int
 
 
-async def _pages(server: Server, after: int, plugin: str | None) -> AsyncIterator[bytes]:
+async def _pages(server: Server, after: int, plugin: str | None) -> AsyncGenerator[bytes, None]:
     while True:
         query = {"after": str(after), "limit": str(_PAGE_EVENTS), **({"plugin": plugin} if plugin else {})}
         page = await server.read(_Page, "GET", "/v1/events", params=query, headers={"Accept": "application/json"})
@@ -118,15 +132,16 @@ async def _pages(server: Server, after: int, plugin: str | None) -> AsyncIterato
         after = page.next
 
 
-async def _following(server: Server, after: int, plugin: str | None) -> AsyncIterator[bytes]:
+async def _following(server: Server, after: int, plugin: str | None) -> AsyncGenerator[bytes, None]:
     """Server-sent events. A connection that ends after it brought something is taken up again, by number."""
     began = after
     while True:
         before = after
         try:
-            async for number, event in _stream(server, before, plugin):
-                after = number
-                yield event
+            async with aclosing(_stream(server, before, plugin)) as stream:
+                async for number, event in stream:
+                    after = number
+                    yield event
         except Failure as failure:
             if failure.code is not ExitCode.NO_SERVER or after == began:
                 raise
@@ -135,7 +150,7 @@ async def _following(server: Server, after: int, plugin: str | None) -> AsyncIte
             raise Failure(ExitCode.NO_SERVER, text)
 
 
-async def _stream(server: Server, after: int, plugin: str | None) -> AsyncIterator[tuple[int, bytes]]:
+async def _stream(server: Server, after: int, plugin: str | None) -> AsyncGenerator[tuple[int, bytes], None]:
     """One connection's events, with their numbers."""
     query = {"after": str(after), **({"plugin": plugin} if plugin else {})}
     async with server.request("GET", "/v1/events", params=query, headers={"Accept": _SSE}) as response:

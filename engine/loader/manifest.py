@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec.structs import fields
+from msgspec.structs import FieldInfo, fields
 
 from engine.loader import manifest_values as values
 from engine.loader.toml_lines import KeyPath
@@ -169,6 +171,8 @@ def _tools(source: TomlSource) -> dict[str, Tool]:
         at = ("tools", name)
         if problem := values.tool_name_problem(name):
             source.fail(at, problem)
+        if name in Tool.__struct_fields__ and not isinstance(value, dict):
+            source.fail(at, "is not known here; it belongs in [tools.NAME], with the name of a method")
         tool = tools[name] = Tool(**_table(source, at, value, Tool))
         if tool.timeout_s is not None and (problem := values.limit_problem("timeout_s", tool.timeout_s)):
             source.fail((*at, "timeout_s"), problem)
@@ -186,10 +190,10 @@ def _table(
     Those in `apart` are known keys whose values the caller reads itself.
     """
     table = _value(source, at, value, dict[str, Any])
-    known = {field.encode_name: field for field in fields(struct)}
+    known = _known(struct)
     for key in table:
         if key not in known:
-            source.fail((*at, key), f"is not known; {nearest(key, list(known))}")
+            source.fail((*at, key), _unknown(key, list(known)))
     given: dict[str, Any] = {}
     for key, field in known.items():
         if key in table and key not in apart:
@@ -197,6 +201,43 @@ def _table(
         elif field.required:
             source.fail((*at, key), f"is missing; add {values.EXAMPLES[key]}")
     return given
+
+
+@functools.cache  # msgspec evaluates the type hints anew each time: half of the time that a manifest takes
+def _known(struct: type[msgspec.Struct]) -> dict[str, FieldInfo]:
+    """Its fields, by the keys that they have in a table."""
+    return {field.encode_name: field for field in fields(struct)}
+
+
+_TABLES = ("models", "settings", "limits", "sandbox", "tools")
+
+
+def _places() -> dict[str, list[str]]:
+    """Where each key of a manifest belongs, in words."""
+    places: dict[str, list[str]] = {}
+    for struct, place in (
+        (Manifest, "at the top, above the first [table]"),
+        (Limits, "in [limits]"),
+        (Sandbox, "in [sandbox]"),
+        (Tool, "in [tools.NAME]"),
+        (Package, "in an entry of packages"),
+    ):
+        for field in fields(struct):
+            key = field.encode_name
+            places.setdefault(key, []).append("in a table of its own" if key in _TABLES else place)
+    return places
+
+
+_PLACES = _places()
+_NEAR = 0.7  # nearer than what is near enough among the keys of the table itself
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    """What to do about a key that its table does not know: another table may."""
+    if not get_close_matches(key[:100], known, 1, _NEAR):
+        for near in get_close_matches(key[:100], _PLACES, 1, _NEAR):
+            return f"is not known here; `{near}` belongs {' or '.join(_PLACES[near])}"
+    return f"is not known; {nearest(key, known)}"
 
 
 _WORDS = {
