@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import structlog
 
@@ -178,52 +178,71 @@ class Stream:
         self._release()
 
 
-class Request(NamedTuple):
-    """What a caller asked for."""
-
-    plugin: str
-    tool: str
-    arguments: Mapping[str, Any] | Encoded
-    request_id: str
-    consumer: Collected | Stream
-    on_progress: OnProgress | None
-
-
 class Call:
-    """One call on its way: told by its worker what goes on, it publishes the events and hands on the items.
+    """One call, from a caller's request to its outcome: it publishes its events and hands on its items.
 
     Args:
-        request: what the caller asked for.
-        incarnation: of the plugin that it was admitted to.
-        timeout_s: its deadline, from when its turn begins.
-        bus: where its events go.
-        conclude: makes the outcome of a call that a worker replied to, or, given a cause, that got no turn.
+        plugin: its name.
+        tool: its name.
+        arguments: by parameter name, or encoded.
+        request_id: stands in its events and its outcome.
+        consumer: where its items go.
+        on_progress: the caller's own.
     """
+
+    __slots__ = (
+        *("plugin", "tool", "arguments", "request_id", "consumer", "item", "take_held_s"),
+        *("incarnation", "timeout_s", "worker", "outcome"),
+        *("_on_progress", "_bus", "_conclude", "_started", "_began_s"),
+    )
+
+    incarnation: Incarnation
+    timeout_s: float
+    _bus: EventBus
+    _conclude: Callable[[Call, Reply | Cause], None]
 
     def __init__(
         self,
-        request: Request,
+        plugin: str,
+        tool: str,
+        arguments: Mapping[str, Any] | Encoded,
+        request_id: str,
+        consumer: Collected | Stream,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.plugin = plugin
+        self.tool = tool
+        self.arguments = arguments
+        self.request_id = request_id
+        self.consumer = consumer
+        self.item = consumer.item
+        self.take_held_s = consumer.take_held_s
+        self.worker: Worker | None = None
+        # Cancelled with the caller that waits for it; the call itself then goes on and nobody is told.
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._on_progress = on_progress
+        self._started = False
+        self._began_s: float | None = None
+
+    def admitted(
+        self,
         incarnation: Incarnation,
         timeout_s: float,
         bus: EventBus,
         conclude: Callable[[Call, Reply | Cause], None],
     ) -> None:
-        self.request = request
+        """It is to get a worker.
+
+        Args:
+            incarnation: of the plugin.
+            timeout_s: its deadline, from when its turn begins.
+            bus: where its events go.
+            conclude: makes the outcome of a worker's reply, or of the cause why it got no turn.
+        """
         self.incarnation = incarnation
         self.timeout_s = timeout_s
-        self.tool = request.tool
-        self.arguments = request.arguments
-        self.request_id = request.request_id
-        self.worker: Worker | None = None
-        # Cancelled with the caller that waits for it; the call itself then goes on and nobody is told.
-        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.item = request.consumer.item
-        self.take_held_s = request.consumer.take_held_s
         self._bus = bus
         self._conclude = conclude
-        self._on_progress = request.on_progress
-        self._started = False
-        self._began_s: float | None = None
 
     @property
     def announce(self) -> bool:
@@ -262,17 +281,17 @@ class Call:
     def _start(self) -> None:
         if not self._started:
             self._started = True
-            self._bus.publish(CallStarted(self.tool, self.request_id), self.incarnation.name)
+            self._bus.publish(CallStarted(self.tool, self.request_id), self.plugin)
 
     def progress(self, done: float, total: float) -> None:
         """The tool said how far it is."""
-        self._bus.publish(CallProgress(self.tool, self.request_id, done, total), self.incarnation.name)
+        self._bus.publish(CallProgress(self.tool, self.request_id, done, total), self.plugin)
         if self._on_progress is not None:
             try:
                 self._on_progress(done, total)
             except Exception as exc:  # the caller's own code: its trouble must not look like the worker's
                 error = f"{type(exc).__name__}: {exc}"
-                log.warning("on_progress_failed", plugin=self.incarnation.name, tool=self.tool, error=error)
+                log.warning("on_progress_failed", plugin=self.plugin, tool=self.tool, error=error)
                 self._on_progress = None
 
     def finish(self, outcome: Outcome) -> None:
@@ -289,6 +308,6 @@ class Call:
                 None if code is None else code.value,
                 isinstance(outcome, Broke),
             )
-            self._bus.publish(finished, self.incarnation.name)
+            self._bus.publish(finished, self.plugin)
         if not self.outcome.done():
             self.outcome.set_result(outcome)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from engine.call import Call, Collected, OnProgress, Request, Stream
+from engine.call import Call, Collected, OnProgress, Stream
 from engine.errors import Cause, ReasonCode, UnknownPlugin
 from engine.lifecycle.states import IN_SERVICE, State
 from engine.loader.manifest import Manifest
@@ -65,19 +65,19 @@ class ToolRunner:
         A caller that is cancelled goes away alone: a call that has begun finishes, and its outcome is dropped.
         """
         consumer = stream or Collected(self._settings.max_result_bytes)
-        request = Request(plugin, tool, arguments, request_id or next(self._request_ids), consumer, on_progress)
+        call = Call(plugin, tool, arguments, request_id or next(self._request_ids), consumer, on_progress)
         try:
-            submitted = self._submit(request)
+            refused = self._submit(call)
         except Exception as exc:  # the engine's own fault: named, counted, and the caller is told
-            submitted = self._own_fault(request, exc)
-        if not isinstance(submitted, Call):
+            refused = self._own_fault(call, exc)
+        if refused is not None:
             await asyncio.sleep(0)  # a caller that loops on a broken plugin must not starve the others
-            return _finished(consumer, submitted)
+            return _finished(consumer, refused)
         try:
-            return await submitted.outcome
+            return await call.outcome
         except asyncio.CancelledError:
-            if submitted.incarnation.pool is not None and submitted.incarnation.pool.withdraw(submitted):
-                self._forget(submitted)
+            if call.incarnation.pool is not None and call.incarnation.pool.withdraw(call):
+                self._forget(call)
             raise
 
     async def drain(self, timeout_s: float) -> int:
@@ -88,45 +88,45 @@ class ToolRunner:
                 await asyncio.wait_for(self._drained.wait(), timeout_s)
         return len(self._calls)
 
-    def _own_fault(self, request: Request, exc: Exception) -> Refused:
+    def _own_fault(self, call: Call, exc: Exception) -> Refused:
         self._on_fault("runner", exc)
         text = f"the engine itself failed on this call ({type(exc).__name__}); see its log, call again"
-        return _refused(request, ReasonCode.ENGINE_FAULT, "EngineFault", text)
+        return _refused(call, ReasonCode.ENGINE_FAULT, "EngineFault", text)
 
     def refusal(self, plugin: str, tool: str, request_id: str) -> Refused | None:
         """Why a call would be refused now, whatever its arguments; None where it would be admitted."""
-        admitted = self._admit(Request(plugin, tool, {}, request_id, Collected(0), None))
+        admitted = self._admit(Call(plugin, tool, {}, request_id, Collected(0), None))
         return admitted if isinstance(admitted, Refused) else None
 
-    def _submit(self, request: Request) -> Call | Refused:
-        """A worker, or a place in the queue, or why there is none."""
-        admitted = self._admit(request)
+    def _submit(self, call: Call) -> Refused | None:
+        """Get it a worker, or a place in the queue. Returns why there is none."""
+        admitted = self._admit(call)
         if isinstance(admitted, Refused):
             return admitted
         incarnation, manifest, pool = admitted
-        call = Call(request, incarnation, manifest.timeout_s(request.tool), self._bus, self._conclude)
+        call.admitted(incarnation, manifest.timeout_s(call.tool), self._bus, self._conclude)
         self._calls.add(call)
         try:
             pool.submit(call)
         except QueueFull:
             self._forget(call)
-            text = f"`{request.plugin}` is busy and {pool.waiting} calls wait already; call again later"
-            return _refused(request, ReasonCode.QUEUE_FULL, "QueueFull", text, incarnation.status.state)
+            text = f"`{call.plugin}` is busy and {pool.waiting} calls wait already; call again later"
+            return _refused(call, ReasonCode.QUEUE_FULL, "QueueFull", text, incarnation.status.state)
         except PoolClosed as exc:
             self._forget(call)
-            return _turned_away(request, incarnation, exc.cause)
-        return call
+            return _turned_away(call, exc.cause)
+        return None
 
     def _conclude(self, call: Call, ended: Reply | Cause) -> None:
         """A call is over. Runs in the callback that brought the answer, so that the next call begins at once."""
         try:
             outcome = self._outcome(call, ended)
         except Exception as exc:  # the engine's own fault, as above
-            outcome = self._own_fault(call.request, exc)
+            outcome = self._own_fault(call, exc)
         try:
-            call.finish(_finished(call.request.consumer, outcome))
+            call.finish(_finished(call.consumer, outcome))
         except Exception as exc:
-            outcome = self._own_fault(call.request, exc)
+            outcome = self._own_fault(call, exc)
             if not call.outcome.done():
                 call.outcome.set_result(outcome)
         self._forget(call)
@@ -138,48 +138,48 @@ class ToolRunner:
         if self._stopping and not self._calls:
             self._drained.set()
 
-    def _admit(self, request: Request) -> tuple[Incarnation, Manifest, Pool] | Refused:
+    def _admit(self, call: Call) -> tuple[Incarnation, Manifest, Pool] | Refused:
         """Known? In service?"""
         try:
-            incarnation = self._registry.get(request.plugin)
+            incarnation = self._registry.get(call.plugin)
         except UnknownPlugin as exc:
-            return _refused(request, ReasonCode.UNKNOWN_PLUGIN, "UnknownPlugin", str(exc))
+            return _refused(call, ReasonCode.UNKNOWN_PLUGIN, "UnknownPlugin", str(exc))
         state, manifest, pool = incarnation.status.state, incarnation.manifest, incarnation.pool
-        if manifest is not None and request.tool not in manifest.tools:
-            text = f"`{request.plugin}` has no tool `{request.tool}`{did_you_mean(request.tool, manifest.tools)}"
-            return _refused(request, ReasonCode.UNKNOWN_TOOL, "UnknownTool", text, state)
+        if manifest is not None and call.tool not in manifest.tools:
+            text = f"`{call.plugin}` has no tool `{call.tool}`{did_you_mean(call.tool, manifest.tools)}"
+            return _refused(call, ReasonCode.UNKNOWN_TOOL, "UnknownTool", text, state)
         if self._stopping:
             text = "the engine is stopping; call another one"
-            return _refused(request, ReasonCode.ENGINE_STOPPING, "EngineStopping", text, state)
+            return _refused(call, ReasonCode.ENGINE_STOPPING, "EngineStopping", text, state)
         if state not in IN_SERVICE or pool is None or manifest is None:
-            return _not_in_service(request, incarnation)
+            return _not_in_service(call, incarnation)
         return incarnation, manifest, pool
 
     def _outcome(self, call: Call, ended: Reply | Cause) -> Outcome:
-        request, incarnation = call.request, call.incarnation
         if isinstance(ended, Cause):
-            return _turned_away(request, incarnation, ended)
+            return _turned_away(call, ended)
+        incarnation = call.incarnation
         duration_ms = call.duration_ms
         if isinstance(ended, Broken) and ended.cause.reason_code is not ReasonCode.RESTARTED:
             self._fail(incarnation, ended.cause)
         state = incarnation.status.state
         match ended:
             case Value(value=value):
-                if request.tool in incarnation.tools and incarnation.tools[request.tool].streams:
-                    consumer = request.consumer
+                if call.tool in incarnation.tools and incarnation.tools[call.tool].streams:
+                    consumer = call.consumer
                     value = consumer.items if isinstance(consumer, Collected) else None
                     if isinstance(consumer, Collected) and consumer.too_large:
                         text = "its items are too many to collect; ask for a stream"
                         return _refused(
-                            request, ReasonCode.RESULT_TOO_LARGE, "ResultTooLarge", text, state, duration_ms
+                            call, ReasonCode.RESULT_TOO_LARGE, "ResultTooLarge", text, state, duration_ms
                         )
-                return Completed(value=value, duration_ms=duration_ms, request_id=request.request_id)
+                return Completed(value=value, duration_ms=duration_ms, request_id=call.request_id)
             case Rejected(error_type=kind, message=text, reason_code=code):
-                return _refused(request, code, kind, text, state, duration_ms)
+                return _refused(call, code, kind, text, state, duration_ms)
             case Broken(cause=Cause(reason_code=ReasonCode.RESTARTED, reason=text)):
                 if incarnation.status.cause is not None:  # another worker of the plugin broke
-                    return _not_in_service(request, incarnation, duration_ms)
-                return _refused(request, ReasonCode.RESTARTED, "Restarted", text, state, duration_ms)
+                    return _not_in_service(call, incarnation, duration_ms)
+                return _refused(call, ReasonCode.RESTARTED, "Restarted", text, state, duration_ms)
             case Broken(cause=Cause(reason_code=code, reason=text), error_type=kind):
                 return Broke(
                     error=text,
@@ -187,7 +187,7 @@ class ToolRunner:
                     reason_code=code,
                     state=state,
                     duration_ms=duration_ms,
-                    request_id=request.request_id,
+                    request_id=call.request_id,
                 )
 
 
@@ -198,13 +198,13 @@ def _finished(consumer: Collected | Stream, outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _turned_away(request: Request, incarnation: Incarnation, cause: Cause) -> Refused:
+def _turned_away(call: Call, cause: Cause) -> Refused:
     """It got no worker: by a restart or a stop, or because the plugin broke meanwhile."""
     if cause.reason_code in (ReasonCode.RESTARTED, ReasonCode.ENGINE_STOPPING):
         return _refused(
-            request, cause.reason_code, _kind_of(cause.reason_code), cause.reason, incarnation.status.state
+            call, cause.reason_code, _kind_of(cause.reason_code), cause.reason, call.incarnation.status.state
         )
-    return _not_in_service(request, incarnation)
+    return _not_in_service(call, call.incarnation)
 
 
 def _kind_of(code: ReasonCode) -> str:
@@ -213,7 +213,7 @@ def _kind_of(code: ReasonCode) -> str:
 
 
 def _refused(
-    request: Request,
+    call: Call,
     code: ReasonCode,
     kind: str,
     text: str,
@@ -226,15 +226,15 @@ def _refused(
         reason_code=code,
         state=state,
         duration_ms=duration_ms,
-        request_id=request.request_id,
+        request_id=call.request_id,
     )
 
 
-def _not_in_service(request: Request, incarnation: Incarnation, duration_ms: float = 0.0) -> Refused:
+def _not_in_service(call: Call, incarnation: Incarnation, duration_ms: float = 0.0) -> Refused:
     """With the plugin's own reason: the caller should learn what its operator would."""
     status = incarnation.status
     if status.cause is None:
-        text = f"`{request.plugin}` is {status.state.value}, not in service yet; call again in a moment"
-        return _refused(request, ReasonCode.NOT_IN_SERVICE, "NotInService", text, status.state)
-    text = f"`{request.plugin}` is {status.state.value}: {status.cause.reason}"
-    return _refused(request, status.cause.reason_code, "NotInService", text, status.state, duration_ms)
+        text = f"`{call.plugin}` is {status.state.value}, not in service yet; call again in a moment"
+        return _refused(call, ReasonCode.NOT_IN_SERVICE, "NotInService", text, status.state)
+    text = f"`{call.plugin}` is {status.state.value}: {status.cause.reason}"
+    return _refused(call, status.cause.reason_code, "NotInService", text, status.state, duration_ms)

@@ -98,7 +98,7 @@ class Rig:
 
     def result(self, call_id: int, value: Any = None) -> None:
         """The worker answers."""
-        self.calls.on_message(wire.Result(call_id, msgspec.Raw(values.encode(value, self.arena_out))))
+        self.calls.on_message(wire.Result(call_id, msgspec.Raw(values.Encoder(self.arena_out).encode(value))))
 
     def one_over(self) -> None:
         """After a short call, others may be sent ahead."""
@@ -310,6 +310,34 @@ async def test_a_worker_does_not_write_over_a_result_that_was_not_taken(plugins:
         worker.channel.close()
         assert await worker.exit_code() == wire.EXIT_CHANNEL_LOST
         assert out.release()
+
+
+async def test_a_worker_that_was_called_a_moment_ago_sleeps_until_it_is_called_again(
+    plugins: Path, tmp_path: Path
+) -> None:
+    folder = write_plugin(plugins, "pictures", PICTURES, ["writes"])
+    async with bare_worker(tmp_path / "scratch") as worker:
+        await worker.say(start_of(folder, worker, "writes"))
+        await worker.hear(wire.Ready)
+        for number in range(1, 30):
+            await worker.say(call_of(number, "writes"))
+            assert (await worker.hear(wire.Result)).call_id == number
+        used_ns = await cpu_ns_at_rest(worker.pid)
+        assert used_ns == await cpu_ns_at_rest(worker.pid)
+        await worker.say(call_of(30, "writes"))
+        assert (await worker.hear(wire.Result)).call_id == 30
+
+
+async def cpu_ns_at_rest(pid: int) -> int:
+    """What a process has used, in nanoseconds, once that no longer grows."""
+    seen: list[int] = []
+
+    def rests() -> bool:
+        seen.append(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]))
+        return len(seen) > 1 and seen[-1] == seen[-2]
+
+    await until(rests)
+    return seen[-1]
 
 
 async def test_a_worker_runs_nothing_after_a_call_that_broke_the_plugin(plugins: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -34,8 +35,7 @@ def digest(data: bytes) -> str:
 async def test_a_channel_whose_other_end_closed_takes_everything_and_does_nothing() -> None:
     lost: asyncio.Queue[str | None] = asyncio.Queue()
     ours, theirs = socket.socketpair()
-    loop = asyncio.get_running_loop()
-    _, channel = await loop.create_unix_connection(lambda: Channel(lambda _: None, lost.put_nowait), sock=ours)
+    channel = await Channel.over(ours, lambda _: None, lost.put_nowait)
     theirs.close()
     async with asyncio.timeout(10):
         assert await lost.get() is None
@@ -60,8 +60,7 @@ async def test_a_channel_that_is_closed_before_it_is_connected_takes_everything_
 async def test_a_paused_channel_reads_on_only_when_it_is_resumed() -> None:
     heard: asyncio.Queue[Any] = asyncio.Queue()
     ours, theirs = socket.socketpair()
-    loop = asyncio.get_running_loop()
-    _, channel = await loop.create_unix_connection(lambda: Channel(heard.put_nowait, lambda _: None), sock=ours)
+    channel = await Channel.over(ours, heard.put_nowait, lambda _: None)
     with theirs:
         channel.pause()
         theirs.sendall(wire.frame(wire.Began(1)))
@@ -98,6 +97,49 @@ def test_an_arena_stays_mapped_for_as_long_as_somebody_looks_at_it() -> None:
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+async def test_more_than_the_socket_takes_at_once_arrives_whole_and_in_order() -> None:
+    ours, theirs = socket.socketpair()
+    channel = await Channel.over(ours, lambda _: None, lambda _: None)
+    lines = [wire.LogLine("info", character * 150_000) for character in "abcdef"]
+    for line in lines[:3]:
+        channel.send(line)  # the second no longer whole, the third not at all
+    channel.write_soon(wire.frame(lines[3]))
+    channel.write_soon(wire.frame(lines[4]))
+    await asyncio.sleep(0)
+    channel.send(lines[5])
+    frames = b"".join(map(wire.frame, lines))
+    with theirs, theirs.makefile("rb") as file:
+        assert await asyncio.to_thread(file.read, len(frames)) == frames
+    channel.close()
+    await channel.ended.wait()
+
+
+async def test_a_full_socket_is_written_to_once_it_is_empty() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += ours.send(bytes(4096))
+    channel = await Channel.over(ours, lambda _: None, lambda _: None)
+    channel.send(wire.Began(7))
+    frame = wire.frame(wire.Began(7))
+    with theirs, theirs.makefile("rb") as file:
+        assert (await asyncio.to_thread(file.read, filled + len(frame)))[filled:] == frame
+    channel.close()
+    await channel.ended.wait()
+
+
+async def test_a_write_to_a_socket_that_broke_is_left_to_whoever_reads_it() -> None:
+    lost: asyncio.Queue[str | None] = asyncio.Queue()
+    ours, theirs = socket.socketpair()
+    channel = await Channel.over(ours, lambda _: None, lost.put_nowait)
+    theirs.close()
+    channel.send(wire.Began(1))
+    async with asyncio.timeout(10):
+        assert await lost.get() is None
 
 
 # The output.
@@ -150,7 +192,7 @@ async def test_a_stack_that_was_cut_off_by_the_end_of_its_worker_is_not_waited_f
 
 
 def in_flight(arguments: dict[str, Any], shared: arena.Arena, encoding: str = "python") -> tuple[Argument, ...]:
-    encoded = values.encode_arguments(arguments, shared)
+    encoded = values.Encoder(shared).encode(arguments)
     names = ",".join(f'"{name}": {{}}' for name in arguments)
     call = InFlight("work", "r", 1.0, wire.Encoded(encoding, encoded), f'{{"properties": {{{names}}}}}', shared.fd)
     try:

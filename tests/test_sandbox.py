@@ -58,7 +58,23 @@ class Plugin:
             "scratch": str(self.context.scratch),
             "tmpdir": os.environ["TMPDIR"],
             "death": death.value,
-            "sigterm": signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+        }
+    def signals(self) -> dict:
+        asked = (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+        return {
+            "default": [signal.getsignal(number) is signal.SIG_DFL for number in asked],
+            "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+            "blocked": len(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        }
+    def streams(self) -> dict:
+        streams = (sys.stdin, sys.stdout, sys.stderr)
+        return {
+            "descriptors": [stream.fileno() for stream in streams],
+            "targets": [os.readlink(f"/proc/self/fd/{stream.fileno()}").partition(":")[0] for stream in streams],
+            "encodings": [stream.encoding for stream in streams[1:]],
+            "by_line": [stream.line_buffering for stream in streams[1:]],
+            "seekable": [stream.seekable() for stream in streams[1:]],
+            "closed": [stream.closed for stream in streams],
         }
     def environment(self) -> dict:
         return dict(os.environ)
@@ -71,7 +87,7 @@ class Plugin:
             "path": sys.path,
         }
 """
-CURIOUS_TOOLS = ["limits", "place", "environment", "descriptors", "visible"]
+CURIOUS_TOOLS = ["limits", "place", "signals", "streams", "environment", "descriptors", "visible"]
 
 
 async def ask(plugins: Path, data_dir: Path, tool: str, limits: str = "") -> Any:
@@ -100,7 +116,27 @@ async def test_a_worker_has_its_own_process_session_and_folder(plugins: Path, da
     assert told["cwd"] == told["scratch"] == told["tmpdir"]
     assert Path(told["scratch"]).is_relative_to(data_dir)
     assert told["death"] == 9
-    assert told["sigterm"]
+
+
+async def test_a_worker_has_pythons_own_signals_though_its_fork_server_has_not(
+    plugins: Path, data_dir: Path
+) -> None:
+    told = await ask(plugins, data_dir, "signals")
+    assert told == {"default": [True, True, True], "interrupt": True, "blocked": 0}
+
+
+async def test_a_workers_streams_are_its_own_though_the_fork_server_made_them(
+    plugins: Path, data_dir: Path
+) -> None:
+    told = await ask(plugins, data_dir, "streams")
+    assert told == {
+        "descriptors": [0, 1, 2],
+        "targets": ["/dev/null", "pipe", "pipe"],
+        "encodings": ["utf-8", "utf-8"],
+        "by_line": [True, True],
+        "seekable": [False, False],
+        "closed": [False, False, False],
+    }
 
 
 async def test_a_worker_sees_nothing_of_the_engines_environment_but_what_it_needs(

@@ -57,6 +57,7 @@ Current thread 0x00007f2222222222 (most recent call first):
 FIRST = "Current thread 0x1 (most recent call first):"
 SPACE = f'{FIRST}\n  File "{FOLDER}/a b.py", line 1 in <module>'
 NEIGHBOUR = f'{FIRST}\n  File "{FOLDER}2/x.py", line 1 in f'
+OURS = f'{FIRST}\n  File "<frozen runpy>", line 8 in _run\n  File "{wire.__file__}", line 1 in f'
 KNOWN = Cause(ReasonCode.TOOL_EXCEPTION, "`work` raised ValueError")
 
 
@@ -261,6 +262,7 @@ def test_there_is_a_cause_for_whatever_a_worker_reports(failed: wire.Failed, sta
         ("", "", ""),
         (SPACE, "a b.py:1 in `<module>`", "a b.py:1 in `<module>`"),
         (NEIGHBOUR, "x.py:1 in `f`", "x.py:1 in `f`"),
+        (OURS, "", ""),
     ],
 )
 def test_the_place_is_that_of_the_thread_that_crashed_or_hung(stack: str, fatal: str, hung: str) -> None:

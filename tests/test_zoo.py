@@ -334,6 +334,6 @@ async def test_a_worker_that_speaks_another_protocol_is_refused(
     async with hosting(plugins, data_dir) as engine:
         health = engine.health("honest")
         assert (health.state, health.reason_code) == ("FAILED", "protocol_error")
-        assert "it speaks protocol 1, the engine 2" in (health.reason or "")
+        assert f"it speaks protocol {wire.PROTOCOL - 1}, the engine {wire.PROTOCOL}" in (health.reason or "")
         await until(lambda: descendants() == above(engine))
     assert os.getpid() not in descendants()

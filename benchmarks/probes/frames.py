@@ -43,14 +43,29 @@ def in_ms(found: list[float]) -> float:
 
 
 def copy(plan: Plan) -> dict[str, float]:
-    """Its bytes copied once into memory that is there: nothing is faster than this."""
-    source, target = make_frame(), make_frame()
+    """Its bytes copied once into memory that is there: nothing is faster than this.
+
+    And what in and out comes to without any isolation: each copy to or from memory of its own, as two processes
+    have it. `both_ms`: in, and the other frame out. `arena_ms`: in, the other frame into the arena, and out of it.
+    """
+    source, target, other, arena, answer = (make_frame() for _ in range(5))
 
     def once(n: int) -> None:
         np.copyto(target, stamp(source, n))
 
-    found = latencies(once, plan.of(FRAMES_S / 2), WARM_FRAMES)
-    return {"p50_ms": in_ms(found)}
+    def both(n: int) -> None:
+        once(n)
+        np.copyto(answer, stamp(other, n))
+
+    def by_arena(n: int) -> None:
+        once(n)
+        np.copyto(arena, stamp(other, n))
+        np.copyto(answer, arena)
+
+    figures = {}
+    for name, work in (("p50_ms", once), ("both_ms", both), ("arena_ms", by_arena)):
+        figures[name] = in_ms(latencies(work, plan.of(FRAMES_S / 2), WARM_FRAMES))
+    return figures
 
 
 def holdfast(plan: Plan, plugins: int) -> dict[str, float]:

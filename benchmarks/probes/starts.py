@@ -13,6 +13,7 @@ from benchmarks.probes.hosting import check_in_service, hosting, run, settings, 
 from benchmarks.probes.timing import async_latencies
 from benchmarks.stats import percentile
 from engine import Engine
+from events.envelope import Event, Transition
 
 PLUGINS = 100
 _RESTARTS_S = 2.0
@@ -34,12 +35,17 @@ def python(plan: Plan) -> dict[str, float]:
 
 
 def worker(plan: Plan) -> dict[str, float]:
-    """`Engine.restart` of a trivial plugin: worker ended, manifest read again, the next one INITIALIZED."""
+    """From LOADED to INITIALIZED, of a trivial plugin that is restarted again and again.
+
+    `restart_ms` is the whole of `Engine.restart`: worker ended, manifest read again, the next one INITIALIZED.
+    """
     return run(_worker(plan))
 
 
 async def _worker(plan: Plan) -> dict[str, float]:
     async with hosting(write_plain(plan.folder / "plugins", 1)) as engine:
+        starts = _Starts()
+        engine.bus.subscribe(starts)
 
         async def restart(_: int) -> None:
             health = await engine.restart("plain-0")
@@ -47,7 +53,29 @@ async def _worker(plan: Plan) -> dict[str, float]:
                 raise RuntimeError(f"{health.state}: {health.reason}")
 
         found = await async_latencies(restart, plan.of(_RESTARTS_S), _WARM_RESTARTS)
-    return {"p50_ms": percentile(found, 0.5) * 1e3, "p99_ms": percentile(found, 0.99) * 1e3}
+    return {
+        "p50_ms": percentile(starts.took_s, 0.5) * 1e3,
+        "p99_ms": percentile(starts.took_s, 0.99) * 1e3,
+        "restart_ms": percentile(found, 0.5) * 1e3,
+    }
+
+
+class _Starts:
+    """A subscriber of the bus: how long each start took, by its own events."""
+
+    name = "starts"
+
+    def __init__(self) -> None:
+        self.took_s: list[float] = []
+        self._loaded_ns = 0
+
+    def offer(self, event: Event) -> None:
+        """Keep the time from one to the other."""
+        if isinstance(event.data, Transition):
+            if event.data.to == "LOADED":
+                self._loaded_ns = event.time_ns
+            elif event.data.to == "INITIALIZED":
+                self.took_s.append((event.time_ns - self._loaded_ns) / 1e9)
 
 
 def engine(plan: Plan) -> dict[str, float]:

@@ -67,7 +67,8 @@ class _NotAhead(Exception):
     pass
 
 
-_NO_ARENA = _NoArena()
+_ahead_encoder = values.Encoder(_NoArena())
+_inline_encoder = values.Encoder(None)
 
 
 class Calls:
@@ -84,6 +85,7 @@ class Calls:
         self._owner = owner
         self._channel = channel
         self._arena_in = arena_in
+        self._encoder = values.Encoder(arena_in)
         self._decoder = values.Decoder(arena_out, _make_array, unpacker=Unpacker)
         self._loop = asyncio.get_running_loop()
         self._sent: deque[Sent] = deque()
@@ -120,7 +122,7 @@ class Calls:
         """Run one tool; `call.replied` is told later what came of it. None may be running."""
         self._arena_in.reset(self._held)
         try:
-            sent, frame = self._encoded(call, self._arena_in)
+            sent, frame = self._encoded(call, self._encoder)
         except arena.ArenaFull as exc:
             text = f"the arguments are too large: {exc}; send less, or raise arena_bytes and [limits] memory_mib"
             self._refuse(call, Rejected("InputTooLarge", text, ReasonCode.INPUT_TOO_LARGE))
@@ -141,7 +143,7 @@ class Calls:
         if call.announce:
             return False
         try:
-            sent, frame = self._encoded(call, _NO_ARENA)
+            sent, frame = self._encoded(call, _ahead_encoder)
         except Exception:  # its caller is told why when its turn has come
             return False
         if sent.large:
@@ -150,13 +152,13 @@ class Calls:
         self._channel.write_soon(frame)
         return True
 
-    def _encoded(self, call: Invocation, into: values.Payloads) -> tuple[Sent, bytes]:
+    def _encoded(self, call: Invocation, encoder: values.Encoder) -> tuple[Sent, bytes]:
         """Raises ArenaFull, and whatever the caller's objects raise."""
         given = call.arguments
         if isinstance(given, wire.Encoded):
             arguments = given
         else:
-            arguments = wire.Encoded("python", values.encode_arguments(given, into))
+            arguments = wire.Encoded("python", encoder.encode(dict(given)))
         large = len(arguments.data) >= _LARGE_BYTES
         # Those that run are not over: what they put into the arena has not been taken out of it.
         taken = self._sent[0].call_id - 1 if self._sent else self._last_id
@@ -302,7 +304,7 @@ def _unsendable(arguments: Mapping[str, Any] | wire.Encoded, exc: Exception) -> 
     """Which of the arguments it is, and why."""
     for name, value in () if isinstance(arguments, wire.Encoded) else arguments.items():
         try:
-            values.encode(value, None)
+            _inline_encoder.encode(value)
         except Exception as own:  # as before
             return f"argument `{name}` cannot be sent: {type(own).__name__}: {own}"
     return f"the arguments cannot be sent: {type(exc).__name__}: {exc}"

@@ -201,13 +201,7 @@ class Worker:
         opened = self._opened
         opened.callback(os.close, self._spawned.pidfd)
         try:
-            try:
-                _, self._channel = await self._loop.create_unix_connection(
-                    lambda: Channel(self._on_message, self._on_channel_lost), sock=channel
-                )
-            except BaseException:
-                channel.close()
-                raise
+            self._channel = await Channel.over(channel, self._on_message, self._on_channel_lost)
             opened.callback(self._channel.close)
             self._arena_in = arena.Arena(arena_in, writable=True)
             opened.callback(self._arena_in.release)
@@ -401,9 +395,9 @@ class Worker:
 
     async def _heard_out(self) -> None:
         """What it had said before it died is told first: a call that was answered stays answered."""
-        if not self._channel.paused and not self._channel.over.is_set():
+        if not self._channel.paused and not self._channel.ended.is_set():
             with contextlib.suppress(TimeoutError):  # where a process that does not die holds the other end
-                await asyncio.wait_for(self._channel.over.wait(), _EXIT_WAIT_S)
+                await asyncio.wait_for(self._channel.ended.wait(), _EXIT_WAIT_S)
 
     def _tell_death(self, status: ExitStatus, judged: Verdict, death: Death | None) -> None:
         """To the observer, and last to the caller, who is told whatever happens to the others."""

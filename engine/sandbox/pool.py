@@ -71,10 +71,13 @@ class Pool:
         """
         if self._closed is not None:
             raise PoolClosed(self._closed)
-        if not self._idle and self.waiting >= self._queue:
+        if self._idle:
+            self._begin(call)
+        elif self.waiting >= self._queue:
             raise QueueFull
-        self._waiting.append(call)
-        self._hand_out()
+        else:
+            self._waiting.append(call)
+            self._hand_out()
 
     def withdraw(self, call: Waiting) -> bool:
         """Let a call go that no worker has. False: one has, and it goes on."""
@@ -97,18 +100,22 @@ class Pool:
         while self._waiting:
             call = self._waiting[0]
             if self._idle:
-                self._lease(self._idle[0], call)
-                self._idle.popleft().begin(call)
+                self._begin(self._waiting.popleft())
             elif self._only is not None and call is not self._kept and self._only.takes_ahead:
                 if not self._only.send_ahead(call):
                     self._kept = call
                     return
+                self._waiting.popleft()
                 self._lease(self._only, call)
             else:
                 return
 
+    def _begin(self, call: Waiting) -> None:
+        worker = self._idle.popleft()
+        self._lease(worker, call)
+        worker.begin(call)
+
     def _lease(self, worker: Worker, call: Waiting) -> None:
-        self._waiting.popleft()
         self._kept = None
         self._leased += 1
         self._free.clear()

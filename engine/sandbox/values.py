@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any, Protocol, TypeAlias
 
@@ -61,46 +61,40 @@ class Payloads(Protocol):
         """Keep `data`. Returns where it lies. Raises ArenaFull."""
 
 
-def encode(value: Any, arena: Payloads | None, max_value_bytes: int | None = None) -> bytes:
-    """The MessagePack of a value.
+class Encoder:
+    """Encodes what the other side is to have.
 
     Args:
-        value: JSON-able values, dataclasses, bytes, paths, and arrays (anything with numpy's array interface).
         arena: where large parts go; None puts everything inline.
-
-    Raises:
-        TypeError, ValueError, OverflowError, RecursionError, UnicodeEncodeError: it has no encoding.
-        ArenaFull: it is larger than the arena.
-        TooManyValues: its plain values are longer than `max_value_bytes`.
     """
-    encoded = _encode(_outsourced(value, arena) if arena is not None else value, arena)
-    if max_value_bytes is not None and len(encoded) > max_value_bytes:
-        raise TooManyValues(f"{len(encoded)} bytes of plain values, at most {max_value_bytes}")
-    if arena is not None and len(encoded) >= THRESHOLD_BYTES:
-        return _pack(msgpack.Ext(EXT_ARENA_VALUE, _pack(arena.write(memoryview(encoded)))))
-    return bytes(encoded)
 
+    def __init__(self, arena: Payloads | None) -> None:
+        self._arena = arena
+        self._encoder = msgpack.Encoder(enc_hook=self._hook)
 
-def encode_arguments(arguments: Mapping[str, Any], arena: Payloads) -> bytes:
-    """Like `encode`, for a call's arguments: each long bytes argument goes to the arena by itself."""
-    return encode(dict(arguments), arena)
+    def encode(self, value: Any, max_value_bytes: int | None = None) -> bytes:
+        """The MessagePack of a value.
 
+        Args:
+            value: JSON-able values, dataclasses, bytes, paths, and arrays (anything with numpy's array interface).
+            max_value_bytes: of its plain values.
 
-def _outsourced(value: Any, arena: Payloads) -> Any:
-    """The value with its long bytes in the arena: itself, or what it holds where it is a dict or a list."""
-    if isinstance(value, dict) and any(map(_is_long, value.values())):
-        return {key: _outsourced(part, arena) if _is_long(part) else part for key, part in value.items()}
-    if isinstance(value, list | tuple) and any(map(_is_long, value)):
-        return [_outsourced(part, arena) if _is_long(part) else part for part in value]
-    return msgpack.Ext(EXT_ARENA_BYTES, _pack(arena.write(value))) if _is_long(value) else value
+        Raises:
+            TypeError, ValueError, OverflowError, RecursionError, UnicodeEncodeError: it has no encoding.
+            ArenaFull: it is larger than the arena.
+            TooManyValues: its plain values are longer than `max_value_bytes`.
+        """
+        arena = self._arena
+        # Not its `encode`: where no memory is left for the output, msgspec 0.22 crashes there instead of raising.
+        encoded = bytearray()
+        self._encoder.encode_into(value if arena is None else _outsourced(value, arena), encoded)
+        if max_value_bytes is not None and len(encoded) > max_value_bytes:
+            raise TooManyValues(f"{len(encoded)} bytes of plain values, at most {max_value_bytes}")
+        if arena is not None and len(encoded) >= THRESHOLD_BYTES:
+            return _pack(msgpack.Ext(EXT_ARENA_VALUE, _pack(arena.write(memoryview(encoded)))))
+        return bytes(encoded)
 
-
-def _is_long(value: Any) -> bool:
-    return isinstance(value, _BUFFERS) and len(value) >= THRESHOLD_BYTES
-
-
-def _encode(value: Any, arena: Payloads | None) -> bytearray:
-    def hook(part: Any) -> Any:
+    def _hook(self, part: Any) -> Any:
         if isinstance(part, PurePath):
             return str(part)
         if isinstance(part, FilePart):
@@ -111,14 +105,26 @@ def _encode(value: Any, arena: Payloads | None) -> bytearray:
         typestr, shape, data = array
         if not shape:
             return part.item()
-        if arena is not None and len(data) >= THRESHOLD_BYTES:
-            return msgpack.Ext(EXT_ARENA_ARRAY, _pack((typestr, shape, *arena.write(data))))
+        if self._arena is not None and len(data) >= THRESHOLD_BYTES:
+            return msgpack.Ext(EXT_ARENA_ARRAY, _pack((typestr, shape, *self._arena.write(data))))
         return msgpack.Ext(EXT_ARRAY, _pack((typestr, shape, data)))
 
-    # Not `encode`: where no memory is left for its output, that of msgspec 0.22 crashes instead of raising.
-    encoded = bytearray()
-    msgpack.Encoder(enc_hook=hook).encode_into(value, encoded)
-    return encoded
+
+def _outsourced(value: Any, arena: Payloads) -> Any:
+    """The value with its long bytes in the arena: itself, or what it holds where it is a dict or a list."""
+    if isinstance(value, dict):
+        if any(map(_is_long, value.values())):
+            return {key: _outsourced(part, arena) if _is_long(part) else part for key, part in value.items()}
+    elif isinstance(value, list | tuple):
+        if any(map(_is_long, value)):
+            return [_outsourced(part, arena) if _is_long(part) else part for part in value]
+    elif _is_long(value):
+        return msgpack.Ext(EXT_ARENA_BYTES, _pack(arena.write(value)))
+    return value
+
+
+def _is_long(value: Any) -> bool:
+    return isinstance(value, _BUFFERS) and len(value) >= THRESHOLD_BYTES
 
 
 def _array_parts(value: Any) -> tuple[str, tuple[int, ...], memoryview] | None:
