@@ -52,7 +52,7 @@ BETWEEN = """Fatal Python error: Segmentation fault
 
 Current thread 0x00007f2222222222 (most recent call first):
   File "/srv/engine/sandbox/frames.py", line 5 in take
-  File "/srv/engine/worker/serve.py", line 80 in receive
+  File "/srv/engine/worker/serve.py", line 80 in _wait
 """
 FIRST = "Current thread 0x1 (most recent call first):"
 SPACE = f'{FIRST}\n  File "{FOLDER}/a b.py", line 1 in <module>'
