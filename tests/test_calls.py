@@ -199,6 +199,17 @@ async def test_a_call_that_is_due_later_is_not_ended_with_the_timer_of_the_one_b
         assert await rig.owner.overdue_after == 0.05
 
 
+async def test_a_deadline_that_comes_when_nothing_runs_is_nobodys(rig: Rig) -> None:
+    rig.calls.begin(cast(Any, Call(timeout_s=0.001)))
+    rig.result(1)
+    assert rig.calls._timer is not None
+    await until(lambda: rig.calls._timer is None)
+    assert not rig.owner.overdue_after.done()
+    rig.calls.begin(cast(Any, Call(timeout_s=0.001)))
+    async with asyncio.timeout(10):
+        assert await rig.owner.overdue_after == 0.001
+
+
 async def test_a_call_that_breaks_the_plugin_turns_those_behind_it_away(rig: Rig) -> None:
     rig.one_over()
     first, behind = Call(), [Call(), Call()]

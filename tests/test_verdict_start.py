@@ -23,6 +23,11 @@ ODD_STARTS = {
         "import_error",
         "that is the standard library's `types`, not the plugin's own: rename the plugin's",
     ),
+    "an attribute that a standard module does not have": (
+        "import colorsys\ncolorsys.detect",
+        "import_error",
+        "import raised AttributeError: module 'colorsys' has no attribute 'detect' at plugin.py:2",
+    ),
     "an exception without a place": (
         "class Odd(Exception):\n    __traceback__ = None\nraise Odd('here')",
         "import_error",

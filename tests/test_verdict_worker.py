@@ -470,9 +470,10 @@ async def test_a_worker_that_dies_while_its_shared_memory_is_opened_leaves_no_de
     plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_honest(plugins)
-    dead = threading.Event()
+    asked, dead = threading.Event(), threading.Event()
 
     def opened(_pid: int) -> int:
+        asked.set()
         dead.wait(20)
         return os.memfd_create("shm")
 
@@ -482,6 +483,7 @@ async def test_a_worker_that_dies_while_its_shared_memory_is_opened_leaves_no_de
             patch.setattr(shm, "of", opened)
             restarting = asyncio.create_task(engine.restart("honest"))
             started = await next_event(engine, "worker.started", "honest", after=last)
+            await asyncio.to_thread(asked.wait, 20)
             os.kill(started.data.pid, signal.SIGKILL)  # type: ignore[union-attr]
             await next_event(engine, "worker.exited", "honest", after=started.sequence)
             dead.set()

@@ -169,3 +169,26 @@ def test_a_worker_whose_fork_server_died_before_it_was_bound_to_it_does_not_begi
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ProcessLookupError: the fork server is gone" in done.stderr
+
+
+async def test_a_plugin_is_given_what_the_engine_has_sent(plugins: Path, tmp_path: Path) -> None:
+    code = """
+    class Plugin:
+        def __init__(self, context): self.context = context
+        def validate(self): pass
+        def work(self) -> list:
+            given = self.context
+            assert given.models is given.models
+            return [str(given.models["detector"]), given.settings, str(given.scratch)]
+    """
+    folder = write_plugin(plugins, "asks", code, ["work"])
+    async with bare_worker(tmp_path / "scratch") as worker:
+        start = start_of(folder, worker, "work")
+        model = folder / "detector.pt"
+        model.touch()
+        models, settings = {"detector": str(model)}, msgpack.encode({"level": 3})
+        await worker.say(msgspec.structs.replace(start, models=models, settings=settings))
+        await worker.hear(wire.Ready)
+        await worker.say(wire.Call(1, "work", "json", b"{}"))
+        value = msgpack.decode((await worker.hear(wire.Result)).value)
+        assert value == [str(model), {"level": 3}, str(worker.scratch)]

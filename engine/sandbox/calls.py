@@ -241,7 +241,7 @@ class Calls:
             case wire.Progress(done=done, total=total):
                 if math.isfinite(done) and math.isfinite(total) and self._progress_rate.admit() is not None:
                     running.call.progress(done, total)
-            case wire.Began():
+            case _:  # Began
                 running.call.began()
                 if running.large:
                     self._large_accepted(running)

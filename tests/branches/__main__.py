@@ -19,8 +19,17 @@ from branches import sitecustomize
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
-    *("cgroup", "channel", "containment", "crashes", "faults", "fork_server_loss", "hostile_answers"),
-    *("memory_limit", "sandbox", "verdict", "verdict_start", "verdict_worker", "wire_values", "wire_worker"),
+    *("calls", "cgroup", "channel", "containment", "crashes", "faults", "fork_server_loss", "hostile_answers"),
+    *(
+        "memory_limit",
+        "reasons",
+        "sandbox",
+        "verdict",
+        "verdict_start",
+        "verdict_worker",
+        "wire_values",
+        "wire_worker",
+    ),
     *("worker_arguments", "zoo"),
 )
 # These are about the interpreter's own hooks, which are taken here.
