@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from support import hosting, write_honest, write_plugin
 
 from engine.outcome import Refused
+from engine.worker import failure
 from events.envelope import PluginLog
 
 PLAIN = """
@@ -200,3 +202,11 @@ async def test_a_name_under_rejects_that_means_nothing_is_said_when_the_plugin_s
     for line, (name, step) in zip(said, doubted.items(), strict=True):
         assert line.startswith(f"[tools.work] rejects `{name}`, but no exception is called that")
         assert step in line
+
+
+def test_a_place_is_the_plugins_own_else_that_of_whoever_was_called_and_never_ours(tmp_path: Path) -> None:
+    here = sys._getframe()
+    name = "test_a_place_is_the_plugins_own_else_that_of_whoever_was_called_and_never_ours"
+    assert failure.caller(here, tmp_path) == f"test_reasons.py:{here.f_lineno} in `{name}`"
+    assert failure.caller(here, Path(__file__).parent) == f"test_reasons.py:{here.f_lineno} in `{name}`"
+    assert failure.caller(None, tmp_path) == "code without a line of Python"

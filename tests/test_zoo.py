@@ -135,7 +135,7 @@ TABLE = [
         "maximum recursion depth",
         at("self.recurses()", "recurses"),
     ),
-    sign("recurses_past_the_stack", "worker_signal", "WorkerSignal", "^SIGSEGV", at("sorted(", "deeper")),
+    sign("recurses_past_the_stack", "worker_signal", "WorkerSignal", "^SIGSEGV", at("sorted(", "<lambda>")),
     sign("hangs_in_a_collection", "tool_timeout", "ToolTimeout", "in `<lambda>`"),
     sign("cancels_itself", "tool_exception", "asyncio.exceptions.CancelledError", "in `cancels_itself`"),
     sign(
