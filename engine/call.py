@@ -250,6 +250,11 @@ class Call:
         # Until its first call begins a plugin is INITIALIZED, and bad input must leave it so.
         return self.incarnation.status.state is State.INITIALIZED
 
+    @property
+    def holds_up(self) -> bool:
+        """Whether its consumer may pause the channel."""
+        return isinstance(self.consumer, Stream)
+
     def sent_to(self, worker: Worker) -> None:
         """It has a worker; others may run there before."""
         self.worker = worker

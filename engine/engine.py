@@ -80,6 +80,7 @@ class Engine:
         self.instance = f"holdfast/{uuid.uuid4()}"
         self.faults: dict[str, Fault] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._parts: AsyncExitStack | None = None  # what `close` closes, once there is something
         self._starts: dict[str, asyncio.Task[None]] = {}  # the latest of each plugin
         self._restarting: dict[str, asyncio.Lock] = {}
         self._pulse = Pulse()
@@ -151,7 +152,7 @@ class Engine:
 
     async def close(self) -> None:
         """Stop: no new calls, `drain_s` for those in flight, then the workers, then the log."""
-        if self._stopping:
+        if self._stopping or self._parts is None:
             return
         self._stopping = True
         self.bus.publish(EngineStopping())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -13,7 +11,7 @@ from engine.call import Call, Collected, OnProgress, Stream
 from engine.errors import Cause, ReasonCode, UnknownPlugin
 from engine.lifecycle.states import IN_SERVICE, State
 from engine.loader.manifest import Manifest
-from engine.outcome import Broke, Completed, Outcome, Refused
+from engine.outcome import Broke, Completed, Outcome, Refused, new_request_id
 from engine.registry import Incarnation, PluginRegistry, did_you_mean
 from engine.sandbox.pool import Pool, PoolClosed, QueueFull
 from engine.sandbox.replies import Broken, Rejected, Reply, Value
@@ -47,7 +45,6 @@ class ToolRunner:
         self._on_fault = on_fault
         self._calls: set[Call] = set()
         self._drained = asyncio.Event()  # set once there is none, while draining
-        self._request_ids = map("{}{:012x}".format, itertools.repeat(uuid.uuid4().hex[:20]), itertools.count())
         self._stopping = False
 
     async def run(
@@ -65,7 +62,7 @@ class ToolRunner:
         A caller that is cancelled goes away alone: a call that has begun finishes, and its outcome is dropped.
         """
         consumer = stream or Collected(self._settings.max_result_bytes)
-        call = Call(plugin, tool, arguments, request_id or next(self._request_ids), consumer, on_progress)
+        call = Call(plugin, tool, arguments, request_id or new_request_id(), consumer, on_progress)
         try:
             refused = self._submit(call)
         except Exception as exc:  # the engine's own fault: named, counted, and the caller is told

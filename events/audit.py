@@ -1,6 +1,6 @@
 """The audit file: one structlog JSON line per durable event, each with the SHA-256 of the line before.
 
-    log's writer thread ──batch──▶ structlog: level · redact · chain · JSON ──▶ one write per batch ──▶ audit.jsonl
+    log's writer thread ──batch──▶ structlog: level · redact · chain · JSON ──▶ one write per part ──▶ audit.jsonl
 
 The log is the truth and the audit is made from it, so nothing here can disturb the log: a write that fails is
 counted and named, and the next batch first catches up from the log. For the same reason lines are not fsynced

@@ -77,6 +77,8 @@ class Backlog:
                 raise ValueError(f"event {number} does not follow {self.offered}")
             self.offered = number
             waiting = self._waiting
+            if not waiting and not self._taken:
+                self._moved = time.monotonic()
             waiting.append(event)
             self._waiting_bytes += _weight(event)
             if self._taken + len(waiting) > self._limit:
@@ -85,7 +87,6 @@ class Backlog:
                 self._drop_oldest()
             if self._idle:
                 self._idle = False
-                self._moved = time.monotonic()
                 self.changed.notify_all()
 
     def _drop_oldest(self) -> None:

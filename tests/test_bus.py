@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from events.backlog import Backlog
 from events.bounds import TEXT_CHARS
 from events.bus import EventBus
 from events.envelope import (
@@ -183,3 +184,11 @@ def test_every_type_and_field_of_events_is_on_the_page() -> None:
         assert f"`{field}`" in sections["plugin.transition"]
     retention = page.split("\n## Retention")[1]
     assert all(f"`{name}`" in retention for name in LET_GO)
+
+
+def test_a_quiet_time_before_an_event_is_no_stall_of_the_writer() -> None:
+    backlog = Backlog(10, 0)
+    assert backlog.take(10, 0) is None
+    backlog._moved -= 3600
+    backlog.offer(Event(1, 0, None, EngineStopping()))
+    assert backlog.stalled_s < 60

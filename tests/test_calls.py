@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -55,7 +56,7 @@ class Owner:
 class Call:
     """A call that notes what becomes of it."""
 
-    request_id, announce = "", False
+    request_id, announce, holds_up = "", False, False
 
     def __init__(self, arguments: dict[str, Any] | None = None, timeout_s: float = 60.0) -> None:
         self.tool = "work"
@@ -158,6 +159,19 @@ async def test_a_call_after_a_long_one_waits_for_its_turn(rig: Rig, monkeypatch:
     assert not rig.calls.takes_ahead
 
 
+async def test_a_call_behind_one_that_takes_long_waits_for_its_turn(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_SHORT_S", 1e6)
+    rig.one_over()
+    rig.calls.begin(cast(Any, Call()))
+    before = rig.calls.takes_ahead
+    running = rig.calls.running
+    assert running is not None
+    running.since_s -= 1e6
+    assert (before, rig.calls.takes_ahead) == (True, False)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"data": bytes(arena.THRESHOLD_BYTES)}, {"list": [0] * arena.THRESHOLD_BYTES}, {"what": object()}],
@@ -221,6 +235,40 @@ async def test_a_call_that_breaks_the_plugin_turns_those_behind_it_away(rig: Rig
     assert [call.told for call in behind] == [[cause], [cause]]
     with pytest.raises(ProtocolBreach, match="call 3, which does not run"):
         rig.result(3)
+
+
+async def test_a_call_that_the_worker_had_begun_is_told_so_though_nothing_was_heard_of_it(rig: Rig) -> None:
+    rig.one_over()
+    sent = [Call(), Call(), Call()]
+    rig.calls.begin(cast(Any, sent[0]))
+    assert all(rig.calls.send_ahead(cast(Any, call)) for call in sent[1:])
+    rig.arena_out.note = 3
+    rig.calls.ended()
+    broken = Broken(Cause(ReasonCode.TOOL_TIMEOUT, "late"))
+    rig.calls.broken(broken)
+    assert [call.told for call in sent] == [["begins", broken], ["begins", broken], [broken.cause]]
+
+
+async def test_nothing_is_sent_behind_a_call_whose_consumer_may_hold_it_up(rig: Rig) -> None:
+    rig.one_over()
+    rig.calls.begin(cast(Any, Call()))
+    stream = Call()
+    stream.holds_up = True
+    assert rig.calls.send_ahead(cast(Any, stream))
+    assert not rig.calls.takes_ahead
+
+
+async def test_an_answer_that_came_in_time_counts_though_it_is_read_late(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_READ_S", 60)
+    call = Call(timeout_s=0.001)
+    rig.calls.begin(cast(Any, call))
+    running = rig.calls.running
+    assert running is not None
+    await until(lambda: running.late)
+    rig.result(1, "in time")
+    assert call.told == ["begins", Value("in time")]
 
 
 @pytest.mark.parametrize(
@@ -303,6 +351,7 @@ async def test_a_worker_does_not_write_over_a_result_that_was_not_taken(plugins:
         await worker.say(start_of(folder, worker, "picture"))
         await worker.hear(wire.Ready)
         out = arena.Arena(worker.arena_out, writable=False)
+        assert out.note == 0
         for number in (1, 2, 3):
             await worker.say(call_of(number))
         for number in (1, 2, 3):
@@ -313,6 +362,7 @@ async def test_a_worker_does_not_write_over_a_result_that_was_not_taken(plugins:
                 worker.channel.recv(1)  # it waits for the word
             assert out.copy(0, 100_000) == bytes([number]) * 100_000
             await worker.say(wire.Taken(number))
+        assert out.note == 3
         await worker.say(call_of(4, taken=3))
         assert (await worker.hear(wire.Result)).call_id == 4
         await worker.say(call_of(5, taken=4))
@@ -362,6 +412,50 @@ async def test_a_worker_runs_nothing_after_a_call_that_broke_the_plugin(plugins:
         worker.channel.shutdown(1)
         assert await worker.exit_code() == 0
         assert not (worker.scratch / "wrote").exists()
+
+
+LATE = """
+import atexit, os
+class Plugin:
+    def __init__(self, context): self.log = context.log
+    def validate(self): pass
+    def keeps(self, progress) -> None:
+        self.progress = progress
+    def late(self) -> None:
+        self.progress(1, 2)
+    def forks(self) -> int:
+        child = os.fork()
+        if child == 0:
+            self.log.warning("said by a child")
+            self.progress(1, 2)
+            os._exit(7)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    def cleans_up(self, path: str) -> None:
+        def clean():
+            self.log.info("cleaning up")
+            open(path, "x").close()
+        atexit.register(clean)
+"""
+
+
+@pytest.mark.contract(2)
+async def test_what_a_plugin_says_too_late_or_from_a_child_harms_nobody(
+    plugins: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    write_plugin(plugins, "late", LATE, ["keeps", "late", "forks", "cleans_up"])
+    async with hosting(plugins, data_dir) as engine:
+        seen: list[Any] = []
+        for tool in ("keeps", "late", "late"):
+            outcome = await engine.run("late", tool, on_progress=lambda *step: seen.append(step))
+            assert outcome.ok, outcome
+        assert (await engine.run("late", "forks")).value == 7
+        said = await next_event(engine, "plugin.log", "late")
+        assert said.data.message == "said by a child"  # type: ignore[union-attr]
+        cleaned = tmp_path / "cleaned"
+        assert (await engine.run("late", "cleans_up", {"path": str(cleaned)})).ok
+        assert (await engine.restart("late")).state == "INITIALIZED"
+        assert cleaned.exists(), "a line that nobody hears any more ends nothing"
+        assert not seen
 
 
 # With an engine.
@@ -436,6 +530,29 @@ async def test_a_crash_belongs_to_the_call_that_ran_and_those_behind_it_never_be
         assert begun[1:] == finished[1:] == ["call1-0", "call2-1", "call-1-2"]
         assert engine.health("short").in_flight == 0
         assert (await engine.run("honest", "echo")).ok
+
+
+@pytest.mark.contract(2)
+async def test_a_call_that_comes_after_the_death_of_the_worker_is_not_blamed_for_it(
+    plugins: Path, data_dir: Path
+) -> None:
+    write_plugin(plugins, "short", SHORT, ["echo"])
+    async with hosting(plugins, data_dir) as engine:
+        assert (await engine.run("short", "echo", {"n": 1})).ok
+        pool = engine.registry.get("short").pool
+        assert pool is not None
+        (worker,) = pool.workers
+        ended: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        worker._spawned = worker._spawned._replace(status=ended)
+        os.kill(worker.pid, signal.SIGKILL)
+        await until(lambda: worker.gone)
+        calling = asyncio.create_task(engine.run("short", "echo", {"n": 2}))
+        await asyncio.sleep(0)
+        assert pool.waiting == 1
+        ended.set_result(signal.SIGKILL)
+        outcome = await calling
+        assert isinstance(outcome, Refused)
+        assert outcome.reason_code == "killed_externally"
 
 
 async def test_calls_that_were_sent_ahead_count_as_waiting(

@@ -79,7 +79,7 @@ async def test_a_paused_channel_reads_on_only_when_it_is_resumed() -> None:
 def test_an_arena_that_cannot_be_made_leaves_no_descriptor() -> None:
     before = open_descriptors()
     with pytest.raises(OSError, match="Invalid argument"):
-        arena.create(-1)
+        arena.create(-MIB)
     assert open_descriptors() == before
 
 

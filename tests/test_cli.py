@@ -575,6 +575,10 @@ def test_check_is_exit_0_only_if_every_plugin_is_fit(folder: Path, tmp_path: Pat
     empty = holdfast("check", "empty", cwd=tmp_path)
     assert empty.returncode == 2
     assert "no plugin in" in one_line(empty.stderr)
+    missing = holdfast("check", "missing", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "missing does not exist" in one_line(missing.stderr)
+    assert "Traceback" not in missing.stderr
 
 
 def test_check_shows_what_a_plugin_is_warned_of(tmp_path: Path) -> None:

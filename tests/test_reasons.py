@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import hosting, write_honest, write_plugin
+from support import hosting, next_event, write_honest, write_plugin
 
 from engine.outcome import Refused
 from engine.worker import failure
@@ -202,6 +202,20 @@ async def test_a_name_under_rejects_that_means_nothing_is_said_when_the_plugin_s
     for line, (name, step) in zip(said, doubted.items(), strict=True):
         assert line.startswith(f"[tools.work] rejects `{name}`, but no exception is called that")
         assert step in line
+
+
+async def test_import_hooks_of_a_plugin_do_not_keep_it_from_starting_where_its_rejects_are_doubted(
+    plugins: Path, data_dir: Path
+) -> None:
+    hook = (
+        "import sys\nclass Hook:\n    def find_spec(self, *_): raise SystemExit\nsys.meta_path.insert(0, Hook())\n"
+    )
+    write_plugin(plugins, "hooks", f"{hook}{PLAIN}", {"work": 'rejects = ["nobody.knows.Error"]'})
+    async with hosting(plugins, data_dir) as engine:
+        assert engine.health("hooks").state == "INITIALIZED"
+        said = await next_event(engine, "plugin.log", "hooks")
+        assert isinstance(said.data, PluginLog)
+        assert said.data.message == "what stands under `rejects` was not looked at: SystemExit"
 
 
 def test_a_place_is_the_plugins_own_else_that_of_whoever_was_called_and_never_ours(tmp_path: Path) -> None:

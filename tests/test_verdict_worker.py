@@ -210,6 +210,44 @@ async def test_a_death_that_cannot_be_judged_is_a_counted_fault_and_the_caller_i
         assert {name: fault.count for name, fault in engine.faults.items()} == {"verdict exits": 1}
 
 
+async def test_what_is_kept_of_a_call_goes_with_a_death_that_cannot_be_judged(
+    plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(*_: Any) -> None:
+        raise ValueError("who could tell")
+
+    write_plugin(plugins, "raises", RAISES, ["work"])
+    async with Engine(settings_for(plugins, data_dir)) as engine:
+        before = held()
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "verdict", unable)
+            outcome = await engine.run("raises", "work", {"data": bytes(100_000)})
+            assert outcome.reason_code == "tool_exception"
+            await next_event(engine, "worker.exited", "raises")
+        assert list(engine.faults) == ["verdict raises"]
+        assert (await engine.restart("raises")).state == "INITIALIZED"
+        await until(lambda: held() == before)
+
+
+async def test_a_start_for_which_no_thread_can_be_had_leaves_no_worker(
+    plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(_pid: int) -> None:
+        raise RuntimeError("can't start new thread")
+
+    write_honest(plugins)
+    async with Engine(settings_for(plugins, data_dir)) as engine:
+        before, processes = held(), descendants()
+        with monkeypatch.context() as patch:
+            patch.setattr(shm, "of", unable)
+            health = await engine.restart("honest")
+            assert (health.state, health.reason_code) == ("FAILED", "engine_fault")
+            assert "can't start new thread" in str(health.reason)
+        await until(lambda: len(descendants()) == len(processes) - 1)
+        assert (await engine.restart("honest")).state == "INITIALIZED"
+        await until(lambda: held() == before)
+
+
 @pytest.mark.contract(6)
 async def test_a_hang_is_ended_even_where_its_stack_cannot_be_read(
     plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
@@ -393,6 +431,14 @@ class Plugin:
             time.sleep(0.001)
         threading.Timer(0.2, die).start()
         return 1
+"""
+
+
+RAISES = """
+class Plugin:
+    def __init__(self, context): pass
+    def validate(self): pass
+    def work(self, data: bytes): raise ValueError(len(data))
 """
 
 

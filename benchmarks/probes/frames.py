@@ -79,12 +79,14 @@ def _between_processes(copies_out: int) -> Iterator[Callable[[int], None]]:
     ours, theirs = socket.socketpair()
     child = os.fork()
     if child == 0:
-        ours.close()
-        while said := theirs.recv(1):
-            check(shared[0][540, 960, 1], said[0])
-            np.copyto(shared[1], stamp(other, said[0]))
-            theirs.send(said)
-        os._exit(0)
+        try:
+            ours.close()
+            while said := theirs.recv(1):
+                check(shared[0][540, 960, 1], said[0])
+                np.copyto(shared[1], stamp(other, said[0]))
+                theirs.send(said)
+        finally:
+            os._exit(0)
     theirs.close()
 
     def work(n: int) -> None:

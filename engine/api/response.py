@@ -62,7 +62,7 @@ class Response(web.StreamResponse):
         if self._keep_alive is not (version >= HttpVersion11):  # what the version means by itself is not said
             more += "Connection: keep-alive\r\n" if self._keep_alive else "Connection: close\r\n"
         return (
-            f"HTTP/{version.major}.{version.minor} {_STATUS_LINES[self.status]}\r\n"
+            f"HTTP/{'1.1' if version >= HttpVersion11 else '1.0'} {_STATUS_LINES[self.status]}\r\n"
             f"Content-Type: {self._type}\r\nContent-Length: {len(self._whole)}\r\n"
             f"{_common(int(time.time()))}{more}\r\n"
         ).encode("ascii")

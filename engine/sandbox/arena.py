@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import struct
 from collections.abc import Iterable
 from typing import Final, TypeAlias
 
@@ -20,6 +21,11 @@ ALIGN: Final = 64  # a cache line; also enough for any vector instruction
 
 # Below this, a copy through the socket costs less than the arena's bookkeeping.
 THRESHOLD_BYTES: Final = 64 * 1024
+
+# Behind the payloads, one number of the writer's: which call it has begun. So the reader knows, whatever happens,
+# how far it came.
+_NOTE: Final = struct.Struct("<Q")
+_NOTE_BYTES: Final = ALIGN
 
 
 def _aligned(offset: int) -> int:
@@ -34,7 +40,7 @@ def create(size: int) -> int:
     """A new sealed memfd of `size` bytes; returns its descriptor."""
     fd = os.memfd_create("holdfast-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, size)
+        os.ftruncate(fd, size + _NOTE_BYTES)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(fd)
@@ -52,7 +58,7 @@ class Arena:
 
     def __init__(self, fd: int, *, writable: bool) -> None:
         self.fd = fd
-        self.size = os.fstat(fd).st_size
+        self.size = os.fstat(fd).st_size - _NOTE_BYTES
         self._access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._mapping: mmap.mmap | None = None
         self._end = 0
@@ -62,7 +68,7 @@ class Arena:
     def mapping(self) -> mmap.mmap:
         """The shared pages, mapped on first use."""
         if self._mapping is None:
-            self._mapping = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, self._access)
+            self._mapping = mmap.mmap(self.fd, self.size + _NOTE_BYTES, mmap.MAP_SHARED, self._access)
         return self._mapping
 
     @property
@@ -92,6 +98,16 @@ class Arena:
         self.mapping[offset : offset + length] = bytes(data) if isinstance(data, bytearray) else data
         self._end = _aligned(offset + length)
         return offset, length
+
+    @property
+    def note(self) -> int:
+        """The writer's number, from 0 to 2**64 - 1; 0 as long as there is none."""
+        number: int = _NOTE.unpack_from(self.mapping, self.size)[0]
+        return number
+
+    @note.setter
+    def note(self, number: int) -> None:
+        _NOTE.pack_into(self.mapping, self.size, number)
 
     def view(self, offset: int, length: int) -> memoryview:
         """The bytes at (offset, length), without a copy; the other side may still change them.

@@ -28,9 +28,10 @@ from engine.sandbox.untrusted import Unpacker
 _LARGE_BYTES = 1024 * 1024
 _ARGUMENTS_S = 60.0  # for a worker to accept or refuse them
 _PROGRESS_PER_S = 20.0  # twice what an honest worker sends; each is an event
+_READ_S = 0.002  # for what came before the deadline to be read
 _SENT = 8  # at most, with the one that runs
-# Calls are sent ahead where the last one was as short: nothing is won otherwise, and what was sent cannot be
-# taken back, should its caller go away.
+# Calls are sent ahead where the last one was as short, and the present one has not run for longer: nothing is won
+# otherwise, and what was sent cannot be taken back, should its caller go away.
 _SHORT_S = 0.005
 
 
@@ -43,6 +44,7 @@ class Sent(msgspec.Struct):
     large: bool  # its arguments take a while to decode: the deadline counts from `Began`
     since_s: float = math.nan  # of the loop's clock; NaN as long as it has not begun
     due_s: float = math.inf
+    late: bool = False
 
 
 class Owner(Protocol):
@@ -85,11 +87,13 @@ class Calls:
         self._owner = owner
         self._channel = channel
         self._arena_in = arena_in
+        self._arena_out = arena_out
         self._encoder = values.Encoder(arena_in)
         self._decoder = values.Decoder(arena_out, _make_array, unpacker=Unpacker)
         self._loop = asyncio.get_running_loop()
         self._sent: deque[Sent] = deque()
         self._last_id = 0
+        self._begun = 0  # the last call that the worker is known to have begun, once it is dead
         self._held: tuple[tuple[int, int], ...] = ()  # of the arena, by the plugin
         self._short = False  # the last call was
         self._timer: asyncio.TimerHandle | None = None
@@ -114,7 +118,12 @@ class Calls:
     @property
     def takes_ahead(self) -> bool:
         """Whether a call may be sent ahead now."""
-        return self._short and 0 < len(self._sent) < _SENT
+        if not self._short or not 0 < len(self._sent) < _SENT:
+            return False
+        if self._sent[-1].call.holds_up:  # while nothing is read, nobody could tell which of them runs
+            return False
+        # Not `<`: one that is about to begin has run for no time, which is NaN.
+        return not self._loop.time() - self._sent[0].since_s >= _SHORT_S
 
     # To the worker.
 
@@ -199,6 +208,9 @@ class Calls:
             self._large_accepted(running)
         elif (held_s := running.call.take_held_s()) > 0:  # what its caller held the worker up for is left of it
             self._grant(running, held_s)
+        elif not running.late:  # its answer may be there, and the loop was too busy to read it
+            running.late = True
+            self._grant(running, _READ_S)
         else:
             self._owner.overdue(running.call.timeout_s)
 
@@ -280,6 +292,12 @@ class Calls:
         if self._sent and math.isnan(self._sent[0].since_s):
             self._begins(self._sent[0])
 
+    def ended(self) -> None:
+        """The process has died, and its arena is about to be released: see how far it came."""
+        # Its answers are not read to the end where it was ended for a call that had taken too long.
+        if len(self._sent) > 1:
+            self._begun = self._arena_out.note
+
     def broken(self, broken: Broken) -> None:
         """The plugin is no longer in service: the call that runs is told so, and those behind it."""
         if self._timer is not None:
@@ -287,10 +305,12 @@ class Calls:
         sent, self._sent = self._sent, deque()
         self._short = False
         for number, each in enumerate(sent):
-            if number == 0:
-                each.call.replied(broken)
-            else:
+            if number > 0 and each.call_id > self._begun:
                 each.call.turned_away(broken.cause)
+                continue
+            if number > 0:
+                each.call.begins()
+            each.call.replied(broken)
 
 
 def _unfit(call_id: int, exc: values.TooManyValues | values.NoJsonForm) -> wire.Failed:

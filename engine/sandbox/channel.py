@@ -23,19 +23,12 @@ class Channel(asyncio.BufferedProtocol):
     Args:
         on_message: takes each message; may raise ProtocolBreach.
         on_lost: called once: with the breach, or with None where the other side closed.
-        end: the socket; see `over`.
     """
 
-    def __init__(
-        self,
-        on_message: Callable[[Any], None],
-        on_lost: Callable[[str | None], None],
-        end: socket.socket | None = None,
-    ) -> None:
+    def __init__(self, on_message: Callable[[Any], None], on_lost: Callable[[str | None], None]) -> None:
         self._on_message = on_message
         self._on_lost: Callable[[str | None], None] | None = on_lost
         self._transport: asyncio.Transport | None = None
-        self._socket = end
         self._frames = Frames()
         self._soon: list[bytes] = []
         self.paused = False
@@ -46,10 +39,9 @@ class Channel(asyncio.BufferedProtocol):
         cls, end: socket.socket, on_message: Callable[[Any], None], on_lost: Callable[[str | None], None]
     ) -> Channel:
         """A channel over a socket, which is the channel's from now on. Raises OSError."""
-        end.setblocking(False)
         loop = asyncio.get_running_loop()
         try:
-            _, channel = await loop.create_unix_connection(lambda: cls(on_message, on_lost, end), sock=end)
+            _, channel = await loop.create_unix_connection(lambda: cls(on_message, on_lost), sock=end)
         except BaseException:
             end.close()
             raise
@@ -89,22 +81,8 @@ class Channel(asyncio.BufferedProtocol):
 
     def write(self, frame: bytes) -> None:
         """Send a frame. After the channel is lost this does nothing; the worker's death answers instead."""
-        transport, end = self._transport, self._socket
-        if transport is None or end is None or transport.is_closing():
-            return
-        if not transport.get_write_buffer_size():
-            # Not by the transport, which on uvloop sends when the loop comes round again: the worker could have
-            # been at work by then.
-            try:
-                sent = end.send(frame)
-            except BlockingIOError:
-                sent = 0
-            except OSError:  # as the transport will find out by itself
-                return
-            if sent == len(frame):
-                return
-            frame = frame[sent:]
-        transport.write(frame)
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
 
     def write_soon(self, frame: bytes) -> None:
         """Like `write`, at once with whatever else is written so in this turn of the loop."""

@@ -149,8 +149,13 @@ class Worker:
         return not self._started.done() or not self._calls.free
 
     @property
+    def gone(self) -> bool:
+        """Whether the process has died; the verdict may still be to come."""
+        return self._died.is_set()
+
+    @property
     def dead(self) -> bool:
-        """Whether the process is gone."""
+        """Whether it was judged how the process died."""
         return self._dead.done()
 
     # Start.
@@ -232,7 +237,7 @@ class Worker:
             self._limit_s = timeout_s
             ended = await self.end(Ending.START_TIMEOUT)
             raise StartFailed(_cause_of(ended)) from None
-        except asyncio.CancelledError:
+        except BaseException:  # a cancelled start, or a fault of our own: nobody else would end it
             await asyncio.shield(self.end(Ending.STOP))
             raise
         if isinstance(report, wire.Ready):
@@ -260,6 +265,8 @@ class Worker:
 
     def _on_shm(self, opening: asyncio.Future[int | None]) -> None:
         """Whoever waited may be gone by now, and so may the worker."""
+        if opening.exception() is not None:  # which the start is told of
+            return
         fd = opening.result()
         if fd is not None and self.dead:
             os.close(fd)
@@ -387,7 +394,10 @@ class Worker:
         except Exception as exc:  # the evidence is in part what the plugin wrote, and somebody waits for a verdict
             self._observer.fault("verdict", exc)
             judged = _unjudged(exc)
+            if self._in_flight is not None:
+                self._in_flight.close()
         try:
+            self._calls.ended()
             self._release()
         finally:
             self._dead.set_result(judged)

@@ -71,7 +71,7 @@ class Pool:
         """
         if self._closed is not None:
             raise PoolClosed(self._closed)
-        if self._idle:
+        if self._has_idle():
             self._begin(call)
         elif self.waiting >= self._queue:
             raise QueueFull
@@ -91,15 +91,21 @@ class Pool:
         self._leased -= 1
         if self._leased == 0:
             self._free.set()
-        if self._closed is None and not worker.dead:
+        if self._closed is None:
             if worker.free:
                 self._idle.append(worker)
             self._hand_out()
 
+    def _has_idle(self) -> bool:
+        """A worker that died is none: what waits then is turned away with the cause, once that is known."""
+        while self._idle and self._idle[0].gone:
+            self._idle.popleft()
+        return bool(self._idle)
+
     def _hand_out(self) -> None:
         while self._waiting:
             call = self._waiting[0]
-            if self._idle:
+            if self._has_idle():
                 self._begin(self._waiting.popleft())
             elif self._only is not None and call is not self._kept and self._only.takes_ahead:
                 if not self._only.send_ahead(call):

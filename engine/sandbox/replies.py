@@ -48,6 +48,10 @@ class Invocation(Protocol):
     def announce(self) -> bool:
         """Whether `began` is wanted."""
 
+    @property
+    def holds_up(self) -> bool:
+        """Whether its consumer may pause the channel."""
+
     def begins(self) -> None:
         """The worker was sent it, and runs no other. Must not raise."""
 

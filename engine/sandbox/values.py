@@ -23,13 +23,13 @@ EXT_ARENA_VALUE = 3  # (offset, length): the encoding of the whole value, in the
 EXT_ARRAY = 4  # (typestr, shape, data): an array, inline
 EXT_FILE = 5  # path: a file that the caller sent
 
-# From typestr, shape, data, and where in the arena the data lies, if there.
 # Of plain values: numbers, texts, containers. They grow when they are decoded, up to fifty times (an empty list is
 # one byte and becomes 56), and the engine decodes on its event loop. Bytes and arrays do not count.
 MAX_VALUE_BYTES = 8 * 1024 * 1024
 _MAX_DIMENSIONS = 64  # numpy's own limit
 _MAX_EMPTY = 2**31  # the other dimensions of an array that has no elements
 
+# From typestr, shape, data, and where in the arena the data lies, if there.
 MakeArray: TypeAlias = Callable[[str, tuple[int, ...], memoryview, Span | None], Any]
 
 # The typestr of numpy's array interface: byte order, kind, bytes per element (characters for `U`), unit of time.

@@ -95,9 +95,17 @@ def load(start: wire.Start, send: Callable[[wire.Message], None]) -> dict[str, B
                 text = f"[tools.{name}] has no method `{name}` on {start.entry}{_nearest(name, type(instance))}"
                 raise _refusal("tools", "no_tool", text)
             tools[name] = bind(name, method, rejects)
+        _doubt_rejects(start, send)
+        return tools
+
+
+def _doubt_rejects(start: wire.Start, send: Callable[[wire.Message], None]) -> None:
+    try:
         for doubt in doubts(start.tools):
             send(wire.LogLine("warning", doubt))
-        return tools
+    except BaseException as exc:  # the plugin's import hooks and metaclasses are asked; it is only advice
+        text = f"what stands under `rejects` was not looked at: {failure.type_name(type(exc))}"
+        send(wire.LogLine("warning", text))
 
 
 def _import(start: wire.Start) -> Callable[[Context], Any]:

@@ -104,11 +104,38 @@ class Channel:
         self._lock = threading.Lock()
         self._frames = Frames()
         self._soon = False  # something came soon, the last time
+        self._answered = 0  # the last call that was
+        self._over = False  # nobody hears us any more
+        self._forked = False
 
     def send(self, message: wire.Message) -> None:
-        """Send one message; a worker without a channel ends here, since nobody could hear it any more."""
-        try:
+        """Send one message; a worker that has lost its channel ends here."""
+        if self._forked:  # a child of the plugin's: its log lines are part of the output
+            if isinstance(message, wire.LogLine):
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{message.message}\n".encode())
+            return
+        with self._lock:
+            self._put(message)
+
+    def answer(self, message: wire.Result | wire.Failed) -> None:
+        """Send the answer to a call."""
+        if self._forked:  # by a tool that returned in the child as well
+            os._exit(wire.EXIT_CHANNEL_LOST)
+        with self._lock:
+            self._answered = message.call_id
+            self._put(message)
+
+    def progress(self, message: wire.Progress) -> None:
+        """Send it if the call is not answered: a thread of the tool may outlive the call."""
+        if not self._forked:
             with self._lock:
+                if message.call_id > self._answered:
+                    self._put(message)
+
+    def _put(self, message: wire.Message) -> None:
+        try:
+            if not self._over:
                 self._socket.sendall(wire.frame(message))
         except OSError:
             os._exit(wire.EXIT_CHANNEL_LOST)
@@ -121,6 +148,7 @@ class Channel:
             except OSError:
                 os._exit(wire.EXIT_CHANNEL_LOST)
             if not count:
+                self._over = True
                 return None
             self._frames.came(count)
         return frame
@@ -139,6 +167,7 @@ class Channel:
 
     def forget(self) -> None:
         """In a forked child of the plugin: it must not speak in the worker's name."""
+        self._forked = True
         with contextlib.suppress(OSError):
             self._socket.close()
 
@@ -208,8 +237,7 @@ class Caller:
         max_result_bytes: int,
         descriptors: Descriptors,
     ) -> None:
-        self._receive = channel.receive
-        self._send = channel.send
+        self._channel = channel
         self._calls: deque[wire.Call] = deque()  # that came while we waited for something else
         self._in_arena = 0  # the last call whose result lies in the arena
         self._taken = 0  # up to this call the engine has copied what lay there
@@ -226,18 +254,19 @@ class Caller:
     def serve(self) -> None:
         """Answer calls until the engine closes the channel, or a call has broken the plugin."""
         while (call := self._next()) is not None:
+            self._out.note = call.call_id
             answer = self._answer(call)
             held = self._lender.held()
-            self._send(_holding(answer, held) if held else answer)
+            self._channel.answer(_holding(answer, held) if held else answer)
             if isinstance(answer, wire.Failed) and answer.kind not in wire.HARMLESS:
-                while self._receive() is not None:  # the calls behind it are refused; the engine ends us
+                while self._channel.receive() is not None:  # the calls behind it are refused; the engine ends us
                     pass
                 return
 
     def _next(self) -> wire.Call | None:
         if self._calls:
             return self._calls.popleft()
-        while (frame := self._receive()) is not None:
+        while (frame := self._channel.receive()) is not None:
             message = wire.from_engine.decode(frame)
             if isinstance(message, wire.Call):
                 return message
@@ -247,7 +276,7 @@ class Caller:
     def _until_taken(self) -> None:
         """Wait until the engine has copied the last result out of the arena."""
         while self._taken < self._in_arena:
-            frame = self._receive()
+            frame = self._channel.receive()
             if frame is None:
                 os._exit(wire.EXIT_CHANNEL_LOST)
             message = wire.from_engine.decode(frame)
@@ -270,7 +299,7 @@ class Caller:
         except BaseException as exc:  # a dataclass of the plugin's may have a `__post_init__`
             return self._failed(call.call_id, tool, exc)
         if call.announce:
-            self._send(wire.Began(call.call_id))
+            self._channel.send(wire.Began(call.call_id))
         if tool.info.progress:
             arguments["progress"] = self._progress(call.call_id)
         try:
@@ -291,11 +320,11 @@ class Caller:
             value = self._await(value)
         if isinstance(value, AsyncIterator):
             for item in self._drive(value):
-                self._send(wire.Item(call_id, self._encode(item, call_id, _inline_encoder)))
+                self._channel.send(wire.Item(call_id, self._encode(item, call_id, _inline_encoder)))
             return None
         if tool.info.streams:
             for item in value:
-                self._send(wire.Item(call_id, self._encode(item, call_id, _inline_encoder)))
+                self._channel.send(wire.Item(call_id, self._encode(item, call_id, _inline_encoder)))
             return None
         return value
 
@@ -326,7 +355,7 @@ class Caller:
                 return  # there is no such number in JSON
             if now_s - last_s >= _PROGRESS_INTERVAL_S or 0 < total <= done:
                 last_s = now_s
-                self._send(wire.Progress(call_id, float(done), float(total)))
+                self._channel.progress(wire.Progress(call_id, float(done), float(total)))
 
         return progress
 
@@ -375,7 +404,7 @@ class Caller:
         elif failure.is_memory(exc):
             kind = "memory"
         if kind == "exception":
-            self._send(wire.LogLine("error", failure.trace(exc)))
+            self._channel.send(wire.LogLine("error", failure.trace(exc)))
         at = failure.where(exc.__traceback__, Path(self._folder))
         return wire.Failed(call_id, kind, failure.type_name(type(exc)), failure.message(exc), at)
 
@@ -389,7 +418,7 @@ class _Unsendable(Exception):
         self.failed = failed
 
 
-def _holding(answer: wire.Result | wire.Failed, held: tuple[Span, ...]) -> wire.Message:
+def _holding(answer: wire.Result | wire.Failed, held: tuple[Span, ...]) -> wire.Result | wire.Failed:
     if isinstance(answer, wire.Result):
         return wire.Result(answer.call_id, answer.value, held)
     return wire.Failed(answer.call_id, answer.kind, answer.error_type, answer.message, answer.where, held)
