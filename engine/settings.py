@@ -68,9 +68,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Sandbox
     max_result_bytes: Count = 256 * 1024 * 1024  # a result; all items together where they are collected
     arena_bytes: Annotated[int, Meta(ge=65_536)] = 256 * 1024 * 1024  # per worker and direction; sparse
-    start_concurrency: Count | None = (
-        None  # plugins that start at the same time; none: one per processor, at least 2
-    )
+    start_concurrency: Count | None = None  # plugins that start at once; none: one per processor, at least 2
     stop_grace_s: Annotated[float, Meta(ge=0, le=86_400)] = 2.0  # for a healthy worker to end by itself
     memory_interval_s: Seconds = 0.1  # between two looks at the workers' memory
     log_lines_per_s: Annotated[float, Meta(gt=0, le=1e9)] = 100.0  # captured output per worker that becomes events

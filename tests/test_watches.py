@@ -8,19 +8,22 @@ import gc
 import mmap
 import os
 import signal
+import subprocess
 import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from support import until
 
 from engine.sandbox import mappings, proc, scratch
 from engine.sandbox.evidence import Process
-from engine.sandbox.limits import GROWTH_BYTES_PER_S, MemoryWatch, allowance_bytes
+from engine.sandbox.limits import GROWTH_BYTES_PER_S, MemoryWatch, _Tree, allowance_bytes
 from engine.sandbox.memory import Meter
 
 MIB = 1 << 20
@@ -231,3 +234,28 @@ def test_more_folders_than_a_walk_can_keep_are_refused(tmp_path: Path, monkeypat
     monkeypatch.setattr(scratch, "_MAX_PENDING_BYTES", 100_000)
     with pytest.raises(scratch.Unmeasurable, match="folders side by side"):
         walked(folder)
+
+
+@pytest.mark.parametrize("dead", [True, False], ids=["dead", "alive"])
+def test_what_was_closed_with_a_dead_worker_is_no_fault_of_a_look(dead: bool, tmp_path: Path) -> None:
+    worker = Newcomer(tmp_path, 256 * MIB)
+    os.close(worker.pidfd)
+    child = subprocess.Popen(["sleep", "0" if dead else "60"])
+    try:
+        worker.pid, worker.pidfd = child.pid, os.pidfd_open(child.pid)
+        if dead:
+            child.wait()
+        worker.shm_fd = 1 << 20  # closed
+        watch, tree = MemoryWatch(0.1, lambda what, exc: None), _Tree(worker, None, 0.1)
+        look = partial(watch._look_at, tree, [worker.pid], proc.machine(), cast(Any, None))
+        if dead:
+            look()
+        else:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                look()
+        assert tree.ended is dead
+        tree.close()
+    finally:
+        os.close(worker.pidfd)
+        child.kill()
+        child.wait()

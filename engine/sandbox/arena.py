@@ -68,7 +68,7 @@ class Arena:
     def mapping(self) -> mmap.mmap:
         """The shared pages, mapped on first use."""
         if self._mapping is None:
-            self._mapping = mmap.mmap(self.fd, self.size + _NOTE_BYTES, mmap.MAP_SHARED, self._access)
+            self._mapping = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, self._access)
         return self._mapping
 
     @property
@@ -101,13 +101,13 @@ class Arena:
 
     @property
     def note(self) -> int:
-        """The writer's number, from 0 to 2**64 - 1; 0 as long as there is none."""
-        number: int = _NOTE.unpack_from(self.mapping, self.size)[0]
+        """The writer's number, from 0 to 2**64 - 1; 0 as long as there is none. Raises OSError."""
+        number: int = _NOTE.unpack(os.pread(self.fd, _NOTE.size, self.size))[0]
         return number
 
     @note.setter
     def note(self, number: int) -> None:
-        _NOTE.pack_into(self.mapping, self.size, number)
+        os.pwrite(self.fd, _NOTE.pack(number), self.size)
 
     def view(self, offset: int, length: int) -> memoryview:
         """The bytes at (offset, length), without a copy; the other side may still change them.

@@ -272,7 +272,13 @@ class MemoryWatch:
         worker, began_s = tree.worker, time.thread_time()
         afresh = pids is not None and (worker.busy or tree.looks % _FRESH_LOOKS == 0)
         tree.looks += pids is not None
-        reading = tree.meter.read(pids or proc.tree(worker.pid), worker.shm_fd, machine, afresh=afresh)
+        try:
+            reading = tree.meter.read(pids or proc.tree(worker.pid), worker.shm_fd, machine, afresh=afresh)
+        except OSError:
+            if proc.alive(tree.pidfd):
+                raise
+            tree.ended = True  # and what we held of it was closed while we looked
+            return
         self.looks += 1
         tree.looked(reading, machine, time.thread_time() - began_s, self._interval_s)
         if not proc.alive(tree.pidfd):  # then the number may be another process's, and so may be what was read

@@ -254,7 +254,8 @@ class Caller:
     def serve(self) -> None:
         """Answer calls until the engine closes the channel, or a call has broken the plugin."""
         while (call := self._next()) is not None:
-            self._out.note = call.call_id
+            with contextlib.suppress(OSError):  # the plugin has closed it: then nobody can tell how far we came
+                self._out.note = call.call_id
             answer = self._answer(call)
             held = self._lender.held()
             self._channel.answer(_holding(answer, held) if held else answer)
