@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from engine.errors import Cause, ReasonCode
 from engine.sandbox import wire
 from engine.sandbox.verdict import (
+    _WAITS,
     STOPPED,
     Ending,
     Evidence,
@@ -22,6 +23,7 @@ from engine.sandbox.verdict import (
     hang_place,
     verdict,
 )
+from engine.worker import serve
 
 FOLDER = "/srv/plugins/detector"
 MIB = 1024 * 1024
@@ -294,3 +296,8 @@ def test_the_wait_status_of_a_real_process_is_read_as_the_kernel_means_it() -> N
         os.kill(os.getpid(), signal.SIGKILL)
     _, raw = os.waitpid(pid, 0)
     assert ExitStatus.from_wait(raw).signal_name == "SIGKILL"
+
+
+def test_what_a_worker_does_between_two_calls_is_known_by_its_present_names() -> None:
+    own = {*vars(serve.Channel), *vars(serve.Caller)}
+    assert set(_WAITS) <= own
