@@ -416,6 +416,7 @@ async def test_a_worker_runs_nothing_after_a_call_that_broke_the_plugin(plugins:
 
 LATE = """
 import atexit, os
+from collections.abc import Iterator
 class Plugin:
     def __init__(self, context): self.log = context.log
     def validate(self): pass
@@ -427,9 +428,14 @@ class Plugin:
         child = os.fork()
         if child == 0:
             self.log.warning("said by a child")
-            self.progress(1, 2)
+            self.progress(2, 2)
             os._exit(7)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    def items(self) -> Iterator[int]:
+        child = os.fork()
+        yield 1
+        if child:
+            yield os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     def cleans_up(self, path: str) -> None:
         def clean():
             self.log.info("cleaning up")
@@ -442,13 +448,14 @@ class Plugin:
 async def test_what_a_plugin_says_too_late_or_from_a_child_harms_nobody(
     plugins: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    write_plugin(plugins, "late", LATE, ["keeps", "late", "forks", "cleans_up"])
+    write_plugin(plugins, "late", LATE, ["keeps", "late", "forks", "items", "cleans_up"])
     async with hosting(plugins, data_dir) as engine:
         seen: list[Any] = []
         for tool in ("keeps", "late", "late"):
             outcome = await engine.run("late", tool, on_progress=lambda *step: seen.append(step))
             assert outcome.ok, outcome
         assert (await engine.run("late", "forks")).value == 7
+        assert (await engine.run("late", "items")).value == [1, wire.EXIT_CHANNEL_LOST]
         said = await next_event(engine, "plugin.log", "late")
         assert said.data.message == "said by a child"  # type: ignore[union-attr]
         cleaned = tmp_path / "cleaned"
