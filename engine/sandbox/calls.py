@@ -229,14 +229,18 @@ class Calls:
         running = self.running
         if running is None or running.call_id != message.call_id:
             raise ProtocolBreach(f"it spoke of call {message.call_id}, which does not run")
+        try:
+            self._on_word(running, message)
+        except (values.TooManyValues, values.NoJsonForm) as exc:  # a worker does not look into dataclasses
+            self._on_failed(running, _unfit(message.call_id, exc))
+
+    def _on_word(
+        self, running: Sent, message: wire.Result | wire.Failed | wire.Item | wire.Progress | wire.Began
+    ) -> None:
         match message:
             case wire.Result(value=value):
                 self._keep_held(message.held)
-                try:
-                    decoded = self._decode(value)
-                except (values.TooManyValues, values.NoJsonForm) as exc:
-                    self._on_failed(running, _unfit(message.call_id, exc))
-                    return
+                decoded = self._decode(value)
                 if len(self._sent) > 1 and self._decoder.used_arena:
                     self._channel.write_soon(wire.frame(wire.Taken(message.call_id)))
                 self._conclude(running, Value(decoded))
@@ -244,12 +248,7 @@ class Calls:
                 self._keep_held(message.held)
                 self._on_failed(running, message)
             case wire.Item(value=value):
-                try:
-                    decoded = self._decode(value)
-                except (values.TooManyValues, values.NoJsonForm) as exc:
-                    self._on_failed(running, _unfit(message.call_id, exc))
-                    return
-                running.call.item(decoded, memoryview(value).nbytes, self._channel)
+                running.call.item(self._decode(value), memoryview(value).nbytes, self._channel)
             case wire.Progress(done=done, total=total):
                 if math.isfinite(done) and math.isfinite(total) and self._progress_rate.admit() is not None:
                     running.call.progress(done, total)
@@ -278,7 +277,7 @@ class Calls:
             raise ProtocolBreach(f"it sent more than {values.MAX_VALUE_BYTES} bytes of plain values at once")
         try:
             return self._decoder.decode(value)
-        except (values.TooManyValues, values.NoJsonForm):  # a worker does not look into dataclasses
+        except (values.TooManyValues, values.NoJsonForm):
             raise
         except Exception as exc:  # a worker may send anything; what does not decode is its breach
             raise ProtocolBreach(f"it sent a value that does not decode ({type(exc).__name__}: {exc})") from exc

@@ -267,29 +267,32 @@ class Caller:
     def _next(self) -> wire.Call | None:
         if self._calls:
             return self._calls.popleft()
-        while (frame := self._channel.receive()) is not None:
-            message = wire.from_engine.decode(frame)
+        while (message := self._hear()) is not None:
             if isinstance(message, wire.Call):
                 return message
-            self._taken = max(self._taken, message.call_id)
         return None
 
     def _until_taken(self) -> None:
         """Wait until the engine has copied the last result out of the arena."""
         while self._taken < self._in_arena:
-            frame = self._channel.receive()
-            if frame is None:
+            message = self._hear()
+            if message is None:
                 os._exit(wire.EXIT_CHANNEL_LOST)
-            message = wire.from_engine.decode(frame)
             if isinstance(message, wire.Call):
                 self._calls.append(message)
-                self._taken = max(self._taken, message.taken)
-            else:
-                self._taken = max(self._taken, message.call_id)
+
+    def _hear(self) -> wire.Call | wire.Taken | None:
+        """The next message; either kind says what was taken."""
+        frame = self._channel.receive()
+        if frame is None:
+            return None
+        message: wire.Call | wire.Taken = wire.from_engine.decode(frame)
+        taken = message.taken if isinstance(message, wire.Call) else message.call_id
+        self._taken = max(self._taken, taken)
+        return message
 
     def _answer(self, call: wire.Call) -> wire.Result | wire.Failed:
         tool = self._tools[call.tool]
-        self._taken = max(self._taken, call.taken)
         try:
             arguments = tools.decode(tool, call.encoding, call.arguments, self._decoder)
         except tools.BadInput as exc:
