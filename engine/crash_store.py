@@ -116,10 +116,13 @@ class CrashStore:
 
     def _prune(self, folder: Path, newest: Path) -> None:
         """All but the latest; the one just written stays, even after the clock went backwards."""
-        older = sorted(set(folder.glob("[!.]*.json")) - {newest}, reverse=True)
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.name.endswith(".json")]
         # What begins with a dot was being written when the engine was killed.
-        for path in (*older[self._keep - 1 :], *folder.glob(".*.json")):
-            path.unlink(missing_ok=True)
+        partial = [name for name in names if name.startswith(".")]
+        older = sorted(set(names).difference(partial, [newest.name]), reverse=True)
+        for name in (*older[self._keep - 1 :], *partial):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _private(path: str, flags: int) -> int:

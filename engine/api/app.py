@@ -124,7 +124,7 @@ async def serve(settings: Settings, *, announce: Announce | None = None, settled
         SetupError: it cannot start as asked; one line, with the next step.
     """
     descriptors.raise_limit()
-    await asyncio.to_thread(priority.set_nice, priority.SERVER_NICE)
+    await asyncio.to_thread(priority.set_process, priority.SERVER)
     await _start_threads()
     tokens = await asyncio.to_thread(Tokens, settings)
     with contextlib.closing(await asyncio.to_thread(bind, settings)) as listener:

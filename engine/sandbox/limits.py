@@ -15,7 +15,6 @@ looked at again follows from how soon it could be over.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import os
 import threading
@@ -206,8 +205,7 @@ class MemoryWatch:
     # The watch's thread.
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        with contextlib.suppress(PermissionError):  # before the plugins, where the processor is short
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), priority.SERVER_NICE)
+        priority.set_thread(priority.SERVER, threading.get_native_id())  # before the plugins
         while not self._stopping:
             self._wake.wait(self._pass(loop))
             self._wake.clear()

@@ -402,11 +402,11 @@ def _threads(stack: str) -> dict[int | None, list[tuple[str, str, str]]]:
 
 def _place(threads: dict[int | None, list[tuple[str, str, str]]], thread: int | None, folder: str) -> str:
     frames = threads.get(thread) or threads.get(None) or []
-    inside = [frame for frame in frames if Path(frame[0]).is_relative_to(folder)]
-    found = inside or [frame for frame in frames if not _is_ours(frame[0])]
-    if not found:
+    inside = next((frame for frame in frames if Path(frame[0]).is_relative_to(folder)), None)
+    found = inside or next((frame for frame in frames if not _is_ours(frame[0])), None)
+    if found is None:
         return ""
-    file, line, function = found[0]
+    file, line, function = found
     path = Path(file)
     shown = str(path.relative_to(folder)) if inside else path.name
     return f"{shown}:{line} in `{function}`"

@@ -50,7 +50,7 @@ def detach(parent: int) -> None:
     if os.getppid() != parent:
         raise ProcessLookupError("the fork server is gone")
     become_subreaper()
-    priority.set_nice(priority.WORKER_NICE)
+    priority.set_process(priority.WORKER)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 

@@ -18,9 +18,8 @@ import functools
 import os
 import socket
 import struct
-import sys
-from typing import NamedTuple
 
+from engine.worker.machine import machine as _machine
 from engine.worker.native import syscall
 
 _SET_MODE_FILTER = 1
@@ -48,32 +47,6 @@ _X32 = 0x40000000  # __X32_SYSCALL_BIT
 _NOBODY = 0xFFFFFFFF  # no process has this number
 
 _INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter: code, jt, jf, k
-
-
-class _Machine(NamedTuple):
-    """The audit architecture (linux/audit.h) and system call numbers of one machine."""
-
-    arch: int
-    seccomp: int
-    socket: int
-    socketpair: int
-    setpriority: int
-    ioprio_set: int
-    sched_setparam: int
-    sched_setscheduler: int
-    sched_setattr: int
-    prlimit: int
-    io_uring_setup: int
-    shmget: int
-    msgget: int
-    semget: int
-
-
-_MACHINES = {
-    "x86_64": _Machine(0xC000003E, 317, 41, 53, 141, 251, 142, 144, 314, 302, 425, 29, 68, 64),
-    "aarch64": _Machine(0xC00000B7, 277, 198, 199, 140, 30, 118, 119, 274, 261, 425, 194, 186, 190),
-}
-_machine = _MACHINES.get(os.uname().machine) if sys.maxsize > 2**32 else None
 
 
 class _Program(ctypes.Structure):
