@@ -23,8 +23,8 @@ class Priority(NamedTuple):
     """A place in the queue for a processor."""
 
     nice: int
-    # How long it runs before others have their turn. Since Linux 6.12 a thread may choose; one that wakes up takes
-    # the place of one whose slice is longer. Otherwise it may wait for the next tick, up to 4 ms away.
+    # How long it runs before others have their turn. Since Linux 6.12 a thread may choose; one that wakes up may
+    # take the place of one whose slice is longer, and otherwise waits for the next tick, milliseconds away.
     slice_ns: int
 
 

@@ -119,16 +119,8 @@ _SELF_SIGNAL = re.compile(r"^self-signal (\d{1,3}) at (.{1,500})$", re.MULTILINE
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 _LAST_FRAME = re.compile(rb'(worker/__main__\.py", line \d+ in <module>|^  \.\.\.)\n\Z', re.MULTILINE)
 _SERVES, _FRAMES = "engine/worker/serve.py", "engine/sandbox/frames.py"
-_WAITS = (
-    "send",
-    "answer",
-    "_put",
-    "serve",
-    "_next",
-    "_hear",
-    "receive",
-    "_wait",
-)  # from one answer to the next call
+# Of our own code, what a worker may be in from one answer to the next call.
+_WAITS = ("send", "answer", "_put", "serve", "_next", "_hear", "receive", "_wait")
 _OWN = Path(__file__).parents[1]
 _THREAD = re.compile(r"^(?P<current>Current thread|Thread) 0x(?P<id>[0-9a-f]{1,16})\b")
 

@@ -1,4 +1,4 @@
-"""What the system calls are numbered on this machine, of those that we name by their numbers."""
+"""The numbers of system calls that differ from machine to machine; newer calls have the same ones on all."""
 
 from __future__ import annotations
 
