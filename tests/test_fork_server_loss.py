@@ -26,7 +26,7 @@ from support import (
     write_honest,
     write_plugin,
 )
-from zoo import above, fork_server, next_state
+from zoo import above, fork_server, next_state, spares
 
 from engine import Engine
 from engine.outcome import Broke
@@ -133,7 +133,7 @@ async def test_calls_that_run_when_the_fork_server_is_lost_are_told_so_and_a_res
             again = await engine.restart(name)
             assert (again.state, again.incarnation) == ("INITIALIZED", 2)
         assert (await engine.run("honest", "echo", {"text": "again"})).value == "again"
-        await until(lambda: len(descendants()) == len(processes) + len(above(engine)) + 3)
+        await until(lambda: len(descendants() - spares()) == len(processes) + len(above(engine)) + 3)
         assert len(scratch_folders(data_dir)) == 3
         (crash,) = await engine.crashes("honest")
         assert crash.by == "outside"

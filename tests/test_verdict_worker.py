@@ -23,7 +23,7 @@ from support import (
     write_honest,
     write_plugin,
 )
-from zoo import fork_server, next_state
+from zoo import fork_server, next_state, spares
 
 from engine import Engine
 from engine.outcome import Broke, Refused
@@ -135,7 +135,7 @@ async def test_a_worker_that_died_while_its_sibling_still_started_fails_the_plug
         health = await next_state(engine, "pair", {"FAILED"})
         assert (health.state, health.reason_code) == ("FAILED", "worker_exit")
         assert "the worker exited with status 3 while it was idle" in (health.reason or "")
-        await until(lambda: descendants() == {fork_server(engine)} | above(engine))
+        await until(lambda: descendants() == {fork_server(engine)} | above(engine) | spares())
 
 
 def above(engine: Engine) -> set[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 from support import descendants, held, hosting, next_event, until, write_honest, write_plugin
-from zoo import FAULTS, Fault, Moment, above, after, at, breaks, call, rows, service
+from zoo import FAULTS, Fault, Moment, above, after, at, breaks, call, rows, service, spares
 
 from engine.sandbox import wire
 
@@ -244,7 +244,8 @@ async def test_what_harms_nobody_is_answered_and_leaves_the_plugin_in_service(
             again = await engine.restart(folder)
             assert (again.state, again.incarnation, again.reason) == ("INITIALIZED", 2, None)
             assert not {**engine.faults, **engine.bus.faults, **engine.log.faults}
-            await until(lambda: descendants() == {*above(engine), engine.health("honest").pid, again.pid})
+            served = {engine.health("honest").pid, again.pid}
+            await until(lambda: descendants() == above(engine) | spares() | served)
             await until(lambda: len(list(engine.scratch_root.glob(f"{folder}-*"))) == 1)
     assert not [entry for entry in logs if entry["log_level"] == "error"]
     await until(lambda: descendants() == processes)
@@ -335,5 +336,5 @@ async def test_a_worker_that_speaks_another_protocol_is_refused(
         health = engine.health("honest")
         assert (health.state, health.reason_code) == ("FAILED", "protocol_error")
         assert f"it speaks protocol {wire.PROTOCOL - 1}, the engine {wire.PROTOCOL}" in (health.reason or "")
-        await until(lambda: descendants() == above(engine))
+        await until(lambda: descendants() == above(engine) | spares())
     assert os.getpid() not in descendants()

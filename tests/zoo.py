@@ -202,7 +202,7 @@ async def refused(engine: Engine, fault: Fault, reason: str) -> None:
 async def nothing_left(engine: Engine, name: str) -> None:
     """No process below us but those above of workers and the honest one; no scratch folder of the plugin's."""
     honest = engine.health("honest").pid
-    await until(lambda: descendants() == {*above(engine), honest})
+    await until(lambda: descendants() == {*above(engine), *spares(), honest})
     await until(lambda: not list(engine.scratch_root.glob(f"{name}-*")))
 
 
@@ -228,6 +228,19 @@ def fork_server(engine: Engine) -> int:
     pid = engine._spawner.fork_server_pid
     assert pid is not None
     return pid
+
+
+def spares() -> set[int]:
+    """Workers that were forked in advance, and serve nobody yet."""
+    return {pid for pid in descendants() if name_of(pid) == "holdfast-spare"}
+
+
+def name_of(pid: int) -> str:
+    """A process's name, as `ps` shows it; "" of one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def above(engine: Engine) -> set[int]:

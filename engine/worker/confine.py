@@ -16,6 +16,7 @@ from engine.worker import native
 from engine.worker.native import checked
 
 PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 _SIGKILL = int(signal.SIGKILL)
@@ -32,6 +33,11 @@ def prctl(option: int, value: int) -> None:
         OSError: the kernel refused.
     """
     checked(native.prctl(option, ctypes.c_ulong(value), 0, 0, 0), "prctl")
+
+
+def rename(name: bytes) -> None:
+    """Give this process a name for `ps`, of at most 15 bytes."""
+    checked(native.prctl(_PR_SET_NAME, name, 0, 0, 0), "prctl")
 
 
 def become_subreaper() -> None:
@@ -55,7 +61,7 @@ def detach(parent: int) -> None:
 
 
 def limit(memory_bytes: int) -> None:
-    """Cap the worker's data segment, forbid core dumps, and volunteer for the kernel's OOM killer.
+    """Cap the worker's data segment, and forbid core dumps.
 
     `RLIMIT_DATA` counts private writable memory (since Linux 4.7), so an allocation past it fails at once, in
     this process alone. `RLIMIT_AS` would count address space too, which torch and CUDA reserve by the gigabyte.
@@ -65,6 +71,10 @@ def limit(memory_bytes: int) -> None:
     _with_reserve = (hard, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def volunteer() -> None:
+    """For the kernel's OOM killer."""
     # Not by `Path`: what an open file object touches, every worker would have a copy of.
     fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
     os.write(fd, b"1000")

@@ -6,7 +6,8 @@
 Its own parent is the reaper. It is warm (everything a worker needs is imported), single-threaded (so forking is
 safe), and it runs no plugin code. Its three duties:
 
-- fork a worker when the engine asks, and hand back a pidfd;
+- fork a worker when the engine asks, and hand back a pidfd. After that, another one is forked in advance as soon
+  as there is nothing else to do: the fork, and what follows whatever the plugin is, are half of a short start;
 - tell how a worker died, once everything the worker had started is dead too. It is the child subreaper, so
   orphans land here, and any child of ours that is not a worker is such an orphan;
 - when the engine goes away, however that happens, leave nothing behind: no process, no scratch folder. When the
@@ -16,6 +17,7 @@ safe), and it runs no plugin code. Its three duties:
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import select
@@ -28,8 +30,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.sandbox import trees, wire
-from engine.worker import confine, contain, mounts, native, reaper, serve
+from engine.worker import confine, contain, load, mounts, native, reaper, serve
 
+_SPARE, _WORKER = b"holdfast-spare", b"holdfast-worker"  # as `ps` shows them
 _SWEEP_S = 1.0  # how long a killed orphan may take to die before we go on without it
 _SLICE_S = 0.02  # of that at a time: who asks for a fork waits for one
 _AGAIN_MS = 100  # until we come back to those that were left
@@ -46,6 +49,13 @@ class _Ended(NamedTuple):
     status: int
     scratch: Path
     told_by_s: float  # of the monotonic clock, whatever is left of what it had started
+
+
+class _Spare(NamedTuple):
+    """A worker that was forked in advance, and waits for what it is to be."""
+
+    pid: int
+    socket: socket.socket
 
 
 class ForkServer:
@@ -69,6 +79,8 @@ class ForkServer:
         self._littered: deque[Path] = deque()  # scratch folders that nobody deletes yet
         self._ended: deque[_Ended] = deque()
         self._swept = True  # there are no orphans, as far as we know
+        self._spare: _Spare | None = None
+        self._lacks_spare = False  # since the last request; one that was killed is not replaced before the next
 
     def run(self) -> None:
         """Serve until the engine or the reaper is gone, then clean up, whatever happened."""
@@ -113,8 +125,12 @@ class ForkServer:
             self._tidy()
             if reaper_fd in ready:
                 return
-            if self._control.fileno() in ready and not self._serve_request():
-                return
+            if self._control.fileno() in ready:
+                if not self._serve_request():
+                    return
+                self._lacks_spare = self._spare is None
+            elif not ready and self._lacks_spare:
+                self._fork_spare()
 
     def _serve_request(self) -> bool:
         """Fork one worker. False once the engine is gone."""
@@ -125,42 +141,51 @@ class ForkServer:
         if not data:
             return False
         request = wire.fork_request.decode(data)
-        parent = os.getpid()
         try:
-            pid = os.fork()
+            pid = self._worker_for(data, fds)
         except OSError as exc:  # a plugin has taken the machine's last process, or its memory
             self._tell(wire.NotForked(request.token, exc.errno or 0), [])
-            pid = -1
-        if pid == 0:
-            self._become_worker(parent, request, fds)
-        for fd in fds:
-            os.close(fd)
-        if pid < 0:
             return True
+        finally:
+            for fd in fds:
+                os.close(fd)
         self._workers[pid] = (request.token, Path(request.scratch))
         pidfd = os.pidfd_open(pid)
         self._tell(wire.Forked(request.token, pid), [pidfd])
         os.close(pidfd)
         return True
 
-    def _become_worker(self, parent: int, request: wire.Fork, fds: list[int]) -> None:
-        """In the child: forget that we were a fork server, and serve a plugin. Never returns."""
-        code = wire.EXIT_BROKEN
-        try:
-            native.unblock_signals()
-            refused = _enter_cgroup(fds.pop()) if request.cgroup else None
-            descriptors = serve.Descriptors.adopt(fds)
-            if refused is not None:  # said only now, since now there is somebody to hear it
-                raise refused
-            confine.detach(parent)
-            code = serve.run(descriptors, request.scratch)
-        except MemoryError:
-            code = wire.EXIT_NO_MEMORY
-        except BaseException as exc:  # the last line of defence: a child must never run the parent's loop
-            with contextlib.suppress(OSError):
-                os.write(2, f"holdfast worker: {type(exc).__name__}: {exc}\n".encode())
-        finally:
-            os._exit(code)
+    def _worker_for(self, data: bytes, fds: list[int]) -> int:
+        """The pid of a worker that was told to serve this request. Raises OSError: there is no process for it."""
+        for _ in range(2):
+            if self._spare is None:
+                self._spare = self._fork()
+            spare, self._spare = self._spare, None
+            with contextlib.suppress(ProcessLookupError):  # stopped, it would not have been noticed until now
+                os.kill(spare.pid, signal.SIGCONT)
+            with spare.socket, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it was killed
+                socket.send_fds(spare.socket, [data], fds)
+                return spare.pid
+        raise BlockingIOError(errno.EAGAIN, "its processes die at once")
+
+    def _fork_spare(self) -> None:
+        self._lacks_spare = False
+        with contextlib.suppress(OSError):  # as above: whoever asks is told
+            self._spare = self._fork()
+
+    def _fork(self) -> _Spare:
+        """A process that waits to be told which plugin it serves. Raises OSError."""
+        parent = os.getpid()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                raise
+            if pid == 0:
+                _become_worker(parent, theirs)
+        return _Spare(pid, ours)
 
     def _tell(self, message: wire.Message, fds: list[int]) -> None:
         """Send to the engine; if it is gone, the poll loop finds out by itself."""
@@ -169,7 +194,7 @@ class ForkServer:
 
     def _pause_ms(self) -> int | None:
         """How long to wait for something to happen."""
-        if self._ended:
+        if self._ended or self._lacks_spare:
             return 0
         return None if self._swept and not self._littered else _AGAIN_MS
 
@@ -180,6 +205,9 @@ class ForkServer:
 
     def _on_end(self, pid: int, status: int) -> None:
         self._removers.discard(pid)
+        if self._spare is not None and self._spare.pid == pid:
+            self._spare.socket.close()
+            self._spare = None
         if (worker := self._workers.pop(pid, None)) is not None:
             self._ended.append(_Ended(worker[0], status, worker[1], time.monotonic() + _SWEEP_S))
             self._swept = False
@@ -193,7 +221,8 @@ class ForkServer:
             self._littered.append(worker.scratch)
 
     def _is_ours(self, pid: int) -> bool:
-        return pid in self._workers or pid in self._removers
+        spare = self._spare is not None and self._spare.pid == pid
+        return spare or pid in self._workers or pid in self._removers
 
     def _tidy(self) -> None:
         """Delete scratch folders; those that are not empty each in a child: a plugin may have put a million files
@@ -219,6 +248,47 @@ class ForkServer:
         reaper.end_orphans(lambda _: False, _SWEEP_S, lambda *_: None)
         if reaper.peer_is_gone(self._control):
             trees.remove_tree(self._scratch_root)
+
+
+def _become_worker(parent: int, orders: socket.socket) -> None:
+    """In the child: forget that we were a fork server; serve a plugin once we are told which. Never returns."""
+    code = wire.EXIT_BROKEN
+    try:
+        native.unblock_signals()
+        with socket.socket(fileno=serve.keep_only(orders.detach())) as orders:
+            shm_problem, refused = _settle_in(parent)
+            problem = "" if reaper.readable(orders) else load.rehearsed()
+            data, fds, _, _ = socket.recv_fds(orders, 65536, _MAX_FDS)
+        if not data:  # the fork server has no use for us
+            os._exit(0)
+        request = wire.fork_request.decode(data)
+        if request.cgroup:
+            refused = _enter_cgroup(fds.pop()) or refused
+        descriptors = serve.Descriptors.adopt(fds)
+        confine.rename(_WORKER)
+        if refused is not None:  # said only now, since now there is somebody to hear it
+            raise refused
+        code = serve.run(descriptors, request.scratch, shm_problem, problem)
+    except MemoryError:
+        code = wire.EXIT_NO_MEMORY
+    except BaseException as exc:  # the last line of defence: a child must never run the parent's loop
+        with contextlib.suppress(OSError):
+            os.write(2, f"holdfast worker: {type(exc).__name__}: {exc}\n".encode())
+    finally:
+        os._exit(code)
+
+
+def _settle_in(parent: int) -> tuple[str, OSError | None]:
+    """All that does not depend on the plugin: why there is no /dev/shm of our own, and what the kernel refused."""
+    try:
+        confine.rename(_SPARE)
+        confine.detach(parent)
+        confine.volunteer()
+        if not (shm_problem := mounts.own_shm()):
+            mounts.seal_proc()
+    except OSError as exc:
+        return "", exc
+    return shm_problem, None
 
 
 def _removed(folder: Path) -> bool:

@@ -61,6 +61,43 @@ class Context:
         return Path(self._start.scratch)
 
 
+_REHEARSED = """
+class Plugin:
+    def __init__(self, context): self.settings = context.settings
+    def validate(self) -> None: ...
+    def tool(self, text: str, count: int = 1) -> dict[str, int]: return {}
+"""
+
+
+def rehearsed() -> str:
+    """Rehearse a start; "", or why that went wrong, which does no harm."""
+    try:
+        _rehearse()
+    except Exception as exc:  # an import hook of somebody's, say
+        return f"the rehearsal of a start failed ({failure.type_name(type(exc))}: {failure.message(exc)})"
+    return ""
+
+
+def _rehearse() -> None:
+    """Do once, for nothing, what every start does, in a worker that waits to be told which plugin it serves.
+
+    A forked process has its own copy of a page from when it first writes to it, and to look at a Python object is
+    to write to it: hundreds of pages, each a fault of some microseconds, that the start then finds in place.
+    """
+    start = wire.Start("rehearsal", "/", "plugin:Plugin", {}, msgpack.encode({}), "/", {"tool": ()}, 0, 0)
+    start = wire.start_request.decode(wire.encode(start))
+    with contextlib.suppress(ImportError):
+        importlib.import_module("_holdfast_rehearsal")
+    names: dict[str, Any] = {"__name__": "rehearsal"}
+    exec(compile(_REHEARSED, "rehearsal", "exec", dont_inherit=True), names)  # noqa: S102 - our own
+    plugin = names["Plugin"](Context(start, logging.getLogger()))
+    plugin.validate()
+    tool = bind("tool", plugin.tool, ())
+    list(doubts({"tool": ()}))
+    importlib.invalidate_caches()  # what is installed from now on is found, however fresh the folders' times are
+    wire.frame(wire.Ready({"tool": tool.info}))
+
+
 class _LogHandler(logging.Handler):
     def __init__(self, send: Callable[[wire.Message], None]) -> None:
         super().__init__()

@@ -93,6 +93,13 @@ def _wait(pid: int, pidfd: int, control: socket.socket) -> int:
             os.kill(pid, signal.SIGKILL)
 
 
+def readable(end: socket.socket) -> bool:
+    """Whether something waits there to be read."""
+    poll = select.poll()
+    poll.register(end, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def peer_is_gone(control: socket.socket) -> bool:
     """Whether the engine has closed its end of the control socket."""
     poll = select.poll()

@@ -85,7 +85,7 @@ class Descriptors(NamedTuple):
 
     @classmethod
     def adopt(cls, fds: list[int]) -> Descriptors:
-        """Move the descriptors to their places, and close every other one the fork brought along."""
+        """Move the descriptors to their places, and close every other one."""
         moved = [os.dup2(fd, _FIRST_FD + n, inheritable=False) for n, fd in enumerate(fds)]
         own = cls(*moved)
         os.dup2(own.output, 1)  # 0 is /dev/null, as it is the fork server's
@@ -172,11 +172,25 @@ class Channel:
             self._socket.close()
 
 
-def run(descriptors: Descriptors, scratch: str) -> int:
-    """Be a worker until the engine closes the channel; returns the exit status."""
+def keep_only(fd: int) -> int:
+    """Close every descriptor that the fork brought along, but this one; its number from now on."""
+    kept = os.dup2(fd, _FIRST_FD, inheritable=False)
+    os.closerange(3, _FIRST_FD)
+    os.closerange(_FIRST_FD + 1, _MAX_FD)
+    return kept
+
+
+def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) -> int:
+    """Be a worker until the engine closes the channel; returns the exit status.
+
+    Args:
+        descriptors: what we were given.
+        scratch: the folder to make and to work in.
+        shm_problem: why we have no /dev/shm of our own; "" if we have.
+        problem: of the time before, to be said; "" if there was none.
+    """
     channel = Channel(descriptors.channel)
     _settle_in(descriptors, scratch, channel)
-    shm_problem = mounts.own_shm()
     channel.send(wire.Hello(wire.PROTOCOL, os.getpid(), threading.get_ident()))
     first = channel.receive()
     if first is None:
@@ -184,11 +198,12 @@ def run(descriptors: Descriptors, scratch: str) -> int:
     start = wire.start_request.decode(first)
     confine.limit(start.memory_bytes)
     try:
+        if problem:
+            channel.send(wire.LogLine("warning", problem))
         if shm_problem:
             channel.send(wire.LogLine("warning", shm_problem))
         else:
             mounts.limit_shm(start.memory_bytes + start.memory_bytes // 4)  # the watch is to find it first
-            mounts.seal_proc()
         contain.apply(start)
         sys.addaudithook(_suicide_note(descriptors.stack, start.folder))
         plugin_tools = load.load(start, channel.send)
