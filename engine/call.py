@@ -35,6 +35,8 @@ class Collected:
         max_bytes: of all items together, as they were encoded; what they take in memory may be much more.
     """
 
+    __slots__ = ("_left_bytes", "items", "too_large")
+
     def __init__(self, max_bytes: int) -> None:
         self.items: list[Any] = []
         self.too_large = False

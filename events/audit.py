@@ -1,6 +1,6 @@
 """The audit file: one structlog JSON line per durable event, each with the SHA-256 of the line before.
 
-    log's writer thread ──batch──▶ structlog: level · redact · chain · JSON ──▶ one write per part ──▶ audit.jsonl
+    log's writer thread ──batch──▶ structlog: level · redact · chain · JSON ──▶ one write ──▶ audit.jsonl
 
 The log is the truth and the audit is made from it, so nothing here can disturb the log: a write that fails is
 counted and named, and the next batch first catches up from the log. For the same reason lines are not fsynced
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -100,7 +100,7 @@ class AuditLog:
         with self._lock, self._noting_faults():
             self._ready()
             for part in self._missing(limit):
-                self._write(part, [event.time for event in part])
+                self._write([(part, [event.time for event in part])])
                 written += len(part)
         return written
 
@@ -123,11 +123,10 @@ class AuditLog:
         with self._lock, self._noting_faults():
             self._ready()
             if self._last + 1 == batch.events[0].sequence:
-                for part in batch.parts():
-                    self._write(batch.events[part], batch.times[part])
+                self._write((batch.events[part], batch.times[part]) for part in batch.parts())
                 return
             for missing in self._missing(CATCH_UP_EVENTS):
-                self._write(missing, [event.time for event in missing])
+                self._write([(missing, [event.time for event in missing])])
 
     @contextlib.contextmanager
     def _noting_faults(self) -> Iterator[None]:
@@ -168,14 +167,17 @@ class AuditLog:
         if part:
             yield part
 
-    def _write(self, events: Sequence[Event], times: Sequence[str]) -> None:
+    def _write(self, parts: Iterable[tuple[Sequence[Event], Sequence[str]]]) -> None:
+        """Lines of events with their times, in one write: each lets go of the interpreter, and waits for it."""
+        last = self._last
         try:
-            for event, time in zip(events, times, strict=True):
-                self._emitter.emit_event(event, time)
+            for events, times in parts:
+                self._emitter.emit_events(events, times)
+                last = _end(events[-1])
         except BaseException:
             self._release()  # the chain in memory is ahead of the file; opening it again sets that right
             raise
-        self._append(_end(events[-1]))
+        self._append(last)
 
     def _write_note(self, name: str, *, after: int, **fields: Any) -> None:
         """A line about the audit itself; `after` is the event it follows."""
@@ -184,12 +186,12 @@ class AuditLog:
 
     def _append(self, last: int) -> None:
         """Write the lines rendered so far; the file then covers events up to `last`."""
-        lines = self._chain.take()
         try:
+            lines = self._chain.take()
             left = memoryview(lines)
             while left:
                 left = left[os.write(self._fd, left) :]
-        except OSError:
+        except BaseException:
             # What is in memory no longer fits the file; the next attempt opens it again and reads its end.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._size)

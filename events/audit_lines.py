@@ -29,33 +29,38 @@ def level_of(event: Event) -> Level:
 
 
 class Chain:
-    """The last processor: renders a line without secrets, links it to the one before, keeps it until taken."""
+    """The last processor: renders lines without secrets, links each to the one before, keeps them until taken."""
 
     def __init__(self, secrets: Sequence[str]) -> None:
         self.head = NOTHING
-        self._lines: list[bytes] = []
+        self._rendered: list[bytes] = []
         self._suspicious = suspicion(secrets)
         self._redact = redactor(secrets)
 
     def __call__(self, logger: Any, level: str, fields: Fields) -> bytes:
-        fields["prev"] = self.head
-        raw = _encoder.encode(fields)
-        if self._suspicious(raw):
-            raw = _encoder.encode(self._redact(logger, level, msgspec.json.decode(raw)))
-        raw += b"\n"
-        self.head = digest(raw)
-        return raw
+        lines = [_encoder.encode(line) for line in fields["lines"]]
+        if self._suspicious(b"".join(lines)):
+            lines = [self._clean(logger, level, line) if self._suspicious(line) else line for line in lines]
+        head = self.head
+        for number, line in enumerate(lines):
+            lines[number] = linked = b'%b,"prev":"%b"}\n' % (line[:-1], head.encode())
+            head = digest(linked)
+        self.head = head
+        return b"".join(lines)
 
-    def keep(self, raw: bytes) -> None:
-        """The sink that structlog calls with the rendered line."""
-        self._lines.append(raw)
+    def _clean(self, logger: Any, level: str, line: bytes) -> bytes:
+        return _encoder.encode(self._redact(logger, level, msgspec.json.decode(line)))
 
-    info = warning = error = keep
+    def keep(self, rendered: bytes) -> None:
+        """The sink that structlog calls with the rendered lines."""
+        self._rendered.append(rendered)
+
+    info = keep
 
     def take(self) -> bytes:
         """The lines rendered since the last call."""
-        lines, self._lines = self._lines, []
-        return b"".join(lines)
+        rendered, self._rendered = self._rendered, []
+        return b"".join(rendered)
 
 
 class Emitter(structlog.BoundLoggerBase):
@@ -68,21 +73,28 @@ class Emitter(structlog.BoundLoggerBase):
         assert isinstance(made, cls)  # noqa: S101 - for the type checker
         return made
 
-    def emit(self, level: Level, fields: dict[str, Any]) -> None:
-        """A line of these fields, in this order; one of them is `event`."""
-        (raw,), _ = self._process_event(level, None, fields)
-        getattr(self._logger, level)(raw)
+    def emit(self, lines: list[Fields]) -> None:
+        """Lines of these fields, in this order; one of them is `event`.
 
-    def emit_event(self, event: Event, time: str) -> None:
-        """The event's line, in the order a person reads in: number, time, level, what, whose, the rest."""
-        level = level_of(event)
-        fields = {"sequence": event.sequence, "time": time, "level": level, "event": event.data.TYPE}
-        if event.subject is not None:
-            fields["plugin"] = event.subject
-        fields["data"] = event.data
-        self.emit(level, fields)
+        Many at once: what structlog does for a call takes longer than all the rest of a line.
+        """
+        self._proxy_to_logger("info", None, lines=lines)
+
+    def emit_events(self, events: Sequence[Event], times: Sequence[str]) -> None:
+        """The events' lines."""
+        self.emit([_line(event, time) for event, time in zip(events, times, strict=True)])
 
     def emit_note(self, name: str, *, after: int, **fields: Any) -> None:
         """A line about the audit itself; `after` is the event it follows."""
         time = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        self.emit("warning", {"time": time, "level": "warning", "event": name, "after": after, **fields})
+        self.emit([{"time": time, "level": "warning", "event": name, "after": after, **fields}])
+
+
+def _line(event: Event, time: str) -> Fields:
+    """In the order a person reads in: number, time, level, what, whose, the rest."""
+    data = event.data
+    line: Fields = {"sequence": event.sequence, "time": time, "level": level_of(event), "event": data.TYPE}
+    if event.subject is not None:
+        line["plugin"] = event.subject
+    line["data"] = data
+    return line

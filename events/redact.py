@@ -16,7 +16,7 @@ _SECRET_NAME = re.compile(
     r"(^|[_.-])(token|authorization|password|passwd|passphrase|secret|cookie|api[_-]?key)($|[_.-])", re.IGNORECASE
 )
 _BEARER = re.compile(r"(bearer\s+)[\w.~+/=-]+", re.IGNORECASE)
-_OURS = ("sequence", "time", "level", "event", "prev")  # fields that no plugin and no caller has a hand in
+_OURS = ("sequence", "time", "level", "event")  # fields that no plugin and no caller has a hand in
 _PLAIN = (int, float, bool)
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import events.audit
 from events.audit import AuditLog, verify
+from events.audit_lines import Chain
 from events.bus import EventBus
 from events.envelope import (
     DATA_TYPES,
@@ -303,6 +304,24 @@ def test_where_the_log_has_let_events_go_a_note_stands_for_each_hole(tmp_path: P
     rig.calls(2)
     assert verify(rig.path, last=rig.log.durable).ok
     rig.close()
+
+
+@pytest.mark.parametrize("step", ["__call__", "take"])
+def test_lines_that_memory_does_not_suffice_for_leave_the_chain_sound(
+    step: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any) -> bytes:
+        raise MemoryError
+
+    rig.calls(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Chain, step, short)
+        rig.calls(5)
+    assert rig.log.faults["audit"].last.startswith("MemoryError")
+    rig.calls(1)
+    assert working(rig.audit)
+    assert numbers(rig.lines()) == list(range(1, 12))
+    assert verify(rig.path, last=11).ok
 
 
 def test_a_failed_write_is_counted_and_caught_up_and_the_log_goes_on(

@@ -298,6 +298,19 @@ async def test_an_item_or_a_result_that_no_caller_could_be_shown_breaks_the_plug
         assert isinstance(call.told[-1], Broken)
 
 
+async def test_a_worker_is_woken_before_what_takes_long_to_copy(rig: Rig) -> None:
+    for size in (MIB - 1, MIB):
+        rig.calls.begin(cast(Any, Call({"data": bytes(size)})))
+        rig.result(rig.calls._last_id)
+    assert [type(message) for message in rig.wire.sent] == [wire.Call, wire.Taken, wire.Call]
+
+
+async def test_a_worker_is_woken_once_for_a_call_of_many_parts(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_LARGE_BYTES", MIB // 4)
+    rig.calls.begin(cast(Any, Call({"parts": [bytes(MIB // 4)] * 3})))
+    assert [type(message) for message in rig.wire.sent] == [wire.Taken, wire.Call]
+
+
 async def test_what_a_refused_call_put_into_the_arena_is_nobodys(rig: Rig) -> None:
     refused = Call({"data": bytes(2 * MIB)})
     rig.calls.begin(cast(Any, refused))

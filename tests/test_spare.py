@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,14 @@ from events.envelope import PluginLog
 TOUCHY = """
 import sys
 class Touchy:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
+    def __init__(self, path):
+        if path != "touchy":
+            raise ImportError
+    def find_spec(self, name, target=None):
         if "rehearsal" in name:
             raise ValueError(name)
-sys.meta_path.insert(0, Touchy)
+sys.path_hooks.insert(0, Touchy)
+sys.path.append("touchy")
 """
 
 
@@ -136,6 +141,16 @@ async def test_a_finder_that_cannot_stand_the_rehearsal_breaks_no_start(
         line = await next_event(engine, "plugin.log", "honest")
         assert isinstance(line.data, PluginLog)
         assert "the rehearsal of a start failed (ValueError: _holdfast_rehearsal)" in line.data.message
+
+
+def test_a_rehearsal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
+    own = logging.getLogger("holdfast")
+    traces = (sys.path, sys.modules, logging.root.manager.loggerDict)
+    before = [list(trace) for trace in traces]
+    assert load.rehearsed() == ""
+    assert [list(trace) for trace in traces] == before
+    assert logging.getLogger("holdfast") is own
 
 
 def test_why_a_rehearsal_went_wrong_is_told_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -57,6 +57,27 @@ class Owner(Protocol):
         """A call failed in a way that takes the plugin out of service. Returns the cause."""
 
 
+class _Rousing:
+    """The arena of the call that is to run. A long copy takes as long as waking up: `rouse` comes before."""
+
+    def __init__(self, arena_in: arena.Arena, rouse: Callable[[], None]) -> None:
+        self._arena = arena_in
+        self._rouse = rouse
+        self._roused = False
+
+    def reset(self, held: Iterable[arena.Span]) -> None:
+        """Begin a call; `held` is not overwritten."""
+        self._roused = False
+        self._arena.reset(held)
+
+    def write(self, data: memoryview | bytes | bytearray) -> tuple[int, int]:
+        """Raises ArenaFull."""
+        if len(data) >= _LARGE_BYTES and not self._roused:
+            self._roused = True
+            self._rouse()
+        return self._arena.write(data)
+
+
 class _NoArena:
     """For a call that is sent ahead: the arena belongs to the one that runs."""
 
@@ -86,9 +107,10 @@ class Calls:
     def __init__(self, owner: Owner, channel: Channel, arena_in: arena.Arena, arena_out: arena.Arena) -> None:
         self._owner = owner
         self._channel = channel
-        self._arena_in = arena_in
+        self._arena_in_bytes = arena_in.size
         self._arena_out = arena_out
-        self._encoder = values.Encoder(arena_in)
+        self._payloads = _Rousing(arena_in, self._rouse)
+        self._encoder = values.Encoder(self._payloads)
         self._decoder = values.Decoder(arena_out, _make_array, unpacker=Unpacker)
         self._loop = asyncio.get_running_loop()
         self._sent: deque[Sent] = deque()
@@ -129,9 +151,9 @@ class Calls:
 
     def begin(self, call: Invocation) -> None:
         """Run one tool; `call.replied` is told later what came of it. None may be running."""
-        self._arena_in.reset(self._held)
+        self._payloads.reset(self._held)
         try:
-            sent, frame = self._encoded(call, self._encoder)
+            sent, frame = self._encoded(call, self._encoder, announce=call.announce)
         except arena.ArenaFull as exc:
             text = f"the arguments are too large: {exc}; send less, or raise arena_bytes and [limits] memory_mib"
             self._refuse(call, Rejected("InputTooLarge", text, ReasonCode.INPUT_TOO_LARGE))
@@ -141,7 +163,11 @@ class Calls:
             return
         self._sent.append(sent)
         self._channel.write(frame)
-        self._begins(sent)
+        self._begins(sent, self._loop.time())
+
+    def _rouse(self) -> None:
+        """Tell the worker what it knows, so that it is awake when the call comes."""
+        self._channel.write(wire.frame(wire.Taken(self._last_id)))
 
     def _refuse(self, call: Invocation, rejected: Rejected) -> None:
         call.begins()
@@ -152,7 +178,7 @@ class Calls:
         if call.announce:
             return False
         try:
-            sent, frame = self._encoded(call, _ahead_encoder)
+            sent, frame = self._encoded(call, _ahead_encoder, announce=False)
         except Exception:  # its caller is told why when its turn has come
             return False
         if sent.large:
@@ -161,33 +187,31 @@ class Calls:
         self._channel.write_soon(frame)
         return True
 
-    def _encoded(self, call: Invocation, encoder: values.Encoder) -> tuple[Sent, bytes]:
+    def _encoded(self, call: Invocation, encoder: values.Encoder, *, announce: bool) -> tuple[Sent, bytes]:
         """Raises ArenaFull, and whatever the caller's objects raise."""
-        given = call.arguments
-        if isinstance(given, wire.Encoded):
-            arguments = given
-        else:
-            arguments = wire.Encoded("python", encoder.encode(dict(given)))
+        arguments = call.arguments
+        if not isinstance(arguments, wire.Encoded):
+            arguments = wire.Encoded("python", encoder.encode(dict(arguments)))
         large = len(arguments.data) >= _LARGE_BYTES
         # Those that run are not over: what they put into the arena has not been taken out of it.
         taken = self._sent[0].call_id - 1 if self._sent else self._last_id
         number = self._last_id + 1
-        announce = call.announce or large
-        frame = wire.frame(wire.Call(number, call.tool, arguments.encoding, arguments.data, announce, taken))
+        message = wire.Call(number, call.tool, arguments.encoding, arguments.data, announce or large, taken)
+        frame = wire.frame(message)
         self._last_id = number
         return Sent(number, call, arguments, large), frame
 
-    def _begins(self, sent: Sent) -> None:
-        sent.since_s = self._loop.time()
-        self._grant(sent, _ARGUMENTS_S if sent.large else sent.call.timeout_s)
+    def _begins(self, sent: Sent, now_s: float) -> None:
+        sent.since_s = now_s
+        self._grant(sent, _ARGUMENTS_S if sent.large else sent.call.timeout_s, now_s)
         sent.call.begins()
 
     # Deadlines. One timer for all calls, set anew only where a call is due before it: most calls are over long
     # before it fires, and a timer for each would cost more than the rest of its bookkeeping.
 
-    def _grant(self, sent: Sent, time_s: float) -> None:
+    def _grant(self, sent: Sent, time_s: float, now_s: float) -> None:
         """From now on the call has so much time."""
-        sent.due_s = self._loop.time() + time_s
+        sent.due_s = now_s + time_s
         if sent.due_s < self._timer_s:
             if self._timer is not None:
                 self._timer.cancel()
@@ -199,24 +223,24 @@ class Calls:
 
     def _on_timer(self) -> None:
         self._timer, self._timer_s = None, math.inf
-        running = self.running
+        running, now_s = self.running, self._loop.time()
         if running is None:
             return
-        if running.due_s > self._loop.time():
+        if running.due_s > now_s:
             self._set_timer(running.due_s)
         elif running.large:
             self._large_accepted(running)
         elif (held_s := running.call.take_held_s()) > 0:  # what its caller held the worker up for is left of it
-            self._grant(running, held_s)
+            self._grant(running, held_s, now_s)
         elif not running.late:  # its answer may be there, and the loop was too busy to read it
             running.late = True
-            self._grant(running, _READ_S)
+            self._grant(running, _READ_S, now_s)
         else:
             self._owner.overdue(running.call.timeout_s)
 
     def _large_accepted(self, sent: Sent) -> None:
         sent.large = False
-        self._grant(sent, sent.call.timeout_s)
+        self._grant(sent, sent.call.timeout_s, self._loop.time())
 
     # From the worker.
 
@@ -258,7 +282,7 @@ class Calls:
                     self._large_accepted(running)
 
     def _keep_held(self, held: wire.Held) -> None:
-        size = self._arena_in.size
+        size = self._arena_in_bytes
         if held and any(offset < 0 or length < 0 or offset + length > size for offset, length in held):
             raise ProtocolBreach("it holds on to parts of the arena that there are not")
         self._held = held
@@ -286,10 +310,11 @@ class Calls:
 
     def _conclude(self, running: Sent, reply: Reply) -> None:
         self._sent.popleft()
-        self._short = self._loop.time() - running.since_s < _SHORT_S
+        now_s = self._loop.time()
+        self._short = now_s - running.since_s < _SHORT_S
         running.call.replied(reply)  # which may begin the next one, or send some ahead
         if self._sent and math.isnan(self._sent[0].since_s):
-            self._begins(self._sent[0])
+            self._begins(self._sent[0], now_s)  # which the worker did when it had answered this one
 
     def ended(self) -> None:
         """The process has died, and its arena is about to be released: see how far it came."""

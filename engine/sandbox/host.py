@@ -252,26 +252,20 @@ class Worker:
         raise StartFailed(_cause_of(report))
 
     async def _greet(self) -> wire.Ready | wire.StartFailed | Verdict:
-        for step in (self._hello, self._started):
-            await asyncio.wait({step, self._dead}, return_when=asyncio.FIRST_COMPLETED)
-            if not step.done():
-                return self._dead.result()
-            if step is self._hello:
-                opening = self._loop.run_in_executor(None, shm.of, self.pid)
-                opening.add_done_callback(self._on_shm)
-                await asyncio.shield(opening)
-                self._channel.send(self._spec.start)
-        return self._started.result()
+        self._hello.add_done_callback(self._on_greeted)
+        either: set[asyncio.Future[Any]] = {self._started, self._dead}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        return self._started.result() if self._started.done() else self._dead.result()
 
-    def _on_shm(self, opening: asyncio.Future[int | None]) -> None:
-        """Whoever waited may be gone by now, and so may the worker."""
-        if opening.exception() is not None:  # which the start is told of
+    def _on_greeted(self, _hello: asyncio.Future[wire.Hello]) -> None:
+        """Tell it what it is to be. A callback, because the worker waits, and a task or a thread comes later."""
+        if self._ending is not None or self.dead:
             return
-        fd = opening.result()
-        if fd is not None and self.dead:
-            os.close(fd)
-        else:
-            self.shm_fd = fd
+        try:
+            self.shm_fd = shm.of(self.pid)
+            self._channel.send(self._spec.start)
+        except Exception as exc:  # which the start is told of
+            self._started.set_exception(exc)
 
     # Calls.
 

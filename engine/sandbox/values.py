@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import PurePath
 from typing import Any, Protocol, TypeAlias
 
@@ -36,6 +36,7 @@ MakeArray: TypeAlias = Callable[[str, tuple[int, ...], memoryview, Span | None],
 # Only kinds that hold their own bytes: numbers, booleans, times, text.
 _TYPESTR = re.compile(r"[<>|=]([biufcmMSUV])(\d{1,9})(?:\[\w{1,8}\])?")
 _BUFFERS = (bytes, bytearray)  # a union would be made anew for each of a million items
+_SEQUENCES = (list, tuple)
 _pack = msgpack.encode
 
 
@@ -113,14 +114,21 @@ class Encoder:
 def _outsourced(value: Any, arena: Payloads) -> Any:
     """The value with its long bytes in the arena: itself, or what it holds where it is a dict or a list."""
     if isinstance(value, dict):
-        if any(map(_is_long, value.values())):
+        if _holds_long(value.values()):
             return {key: _outsourced(part, arena) if _is_long(part) else part for key, part in value.items()}
-    elif isinstance(value, list | tuple):
-        if any(map(_is_long, value)):
+    elif isinstance(value, _SEQUENCES):
+        if _holds_long(value):
             return [_outsourced(part, arena) if _is_long(part) else part for part in value]
     elif _is_long(value):
         return msgpack.Ext(EXT_ARENA_BYTES, _pack(arena.write(value)))
     return value
+
+
+def _holds_long(parts: Iterable[Any]) -> bool:
+    for part in parts:  # noqa: SIM110 - `any` would call a function or resume a generator for each of a million
+        if isinstance(part, _BUFFERS) and len(part) >= THRESHOLD_BYTES:
+            return True
+    return False
 
 
 def _is_long(value: Any) -> bool:

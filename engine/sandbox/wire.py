@@ -92,7 +92,10 @@ class Encoded(msgspec.Struct, frozen=True):
 
 
 class Taken(Message, frozen=True, tag=3):
-    """What the result of this call had put into the arena was copied: it may be overwritten."""
+    """What the result of this call had put into the arena was copied: it may be overwritten.
+
+    Said again, it only wakes the worker.
+    """
 
     call_id: int
 
@@ -261,10 +264,9 @@ def frame(message: Message) -> bytes:
     Raises:
         ValueError: it is larger than `MAX_FRAME_BYTES`.
     """
-    buffer = bytearray(HEADER.size)
-    _encoder.encode_into(message, buffer, HEADER.size)
-    length = len(buffer) - HEADER.size
+    content = bytearray()  # not `encode`: where no memory is left for the output, msgspec 0.22 crashes there
+    _encoder.encode_into(message, content)
+    length = len(content)
     if length > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {length} bytes; at most {MAX_FRAME_BYTES} fit")
-    HEADER.pack_into(buffer, 0, length)
-    return bytes(buffer)
+    return HEADER.pack(length) + content

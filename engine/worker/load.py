@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,6 +62,8 @@ class Context:
         return Path(self._start.scratch)
 
 
+# Not a file: a plugin may have changed it, and no worker is contained yet when it rehearses.
+_REHEARSAL = "_holdfast_rehearsal"
 _REHEARSED = """
 class Plugin:
     def __init__(self, context): self.settings = context.settings
@@ -84,18 +87,24 @@ def _rehearse() -> None:
     A forked process has its own copy of a page from when it first writes to it, and to look at a Python object is
     to write to it: hundreds of pages, each a fault of some microseconds, that the start then finds in place.
     """
-    start = wire.Start("rehearsal", "/", "plugin:Plugin", {}, msgpack.encode({}), "/", {"tool": ()}, 0, 0)
-    start = wire.start_request.decode(wire.encode(start))
-    with contextlib.suppress(ImportError):
-        importlib.import_module("_holdfast_rehearsal")
-    names: dict[str, Any] = {"__name__": "rehearsal"}
-    exec(compile(_REHEARSED, "rehearsal", "exec", dont_inherit=True), names)  # noqa: S102 - our own
-    plugin = names["Plugin"](Context(start, logging.getLogger()))
-    plugin.validate()
-    tool = bind("tool", plugin.tool, ())
-    list(doubts({"tool": ()}))
-    importlib.invalidate_caches()  # what is installed from now on is found, however fresh the folders' times are
-    wire.frame(wire.Ready({"tool": tool.info}))
+    start = wire.Start("rehearsal", "/", f"{_REHEARSAL}:Plugin", {}, msgpack.encode({}), "/", {"tool": ()}, 0, 0)
+    path, loggers = sys.path.copy(), set(logging.root.manager.loggerDict)
+    PathFinder.find_spec(_REHEARSAL)  # finds nothing, having looked everywhere
+    sys.modules[_REHEARSAL] = module = ModuleType(_REHEARSAL)
+    try:
+        exec(compile(_REHEARSED, _REHEARSAL, "exec", dont_inherit=True), vars(module))  # noqa: S102 - our own
+        tools = load(wire.start_request.decode(wire.encode(start)), _to_nobody)
+    finally:
+        sys.path[:] = path
+        del sys.modules[_REHEARSAL]
+        for name in set(logging.root.manager.loggerDict) - loggers:
+            del logging.root.manager.loggerDict[name]
+        importlib.invalidate_caches()  # what is installed from now on is found, however fresh the folders are
+    wire.frame(wire.Ready({name: tool.info for name, tool in tools.items()}))
+
+
+def _to_nobody(message: wire.Message) -> None:
+    wire.frame(message)
 
 
 class _LogHandler(logging.Handler):

@@ -190,8 +190,9 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
         problem: of the time before, to be said; "" if there was none.
     """
     channel = Channel(descriptors.channel)
-    _settle_in(descriptors, scratch, channel)
+    _watch(descriptors.stack, channel)
     channel.send(wire.Hello(wire.PROTOCOL, os.getpid(), threading.get_ident()))
+    _settle_in(scratch)  # while the engine answers
     first = channel.receive()
     if first is None:
         return 0
@@ -218,11 +219,15 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
     return 0
 
 
-def _settle_in(descriptors: Descriptors, scratch: str, channel: Channel) -> None:
-    """Stack dumps, forks and folders."""
-    faulthandler.enable(descriptors.stack, all_threads=True)
-    faulthandler.register(wire.DUMP_SIGNAL, descriptors.stack, all_threads=True, chain=False)
+def _watch(stack: int, channel: Channel) -> None:
+    """Stack dumps, and forks of the plugin's."""
+    faulthandler.enable(stack, all_threads=True)
+    faulthandler.register(wire.DUMP_SIGNAL, stack, all_threads=True, chain=False)
     os.register_at_fork(after_in_child=channel.forget)
+
+
+def _settle_in(scratch: str) -> None:
+    """Make the folder to work in."""
     os.mkdir(scratch, 0o700)  # noqa: PTH102 - nothing so far needs a `Path`
     os.chdir(scratch)
     os.environ["TMPDIR"] = tempfile.tempdir = scratch
@@ -269,8 +274,10 @@ class Caller:
     def serve(self) -> None:
         """Answer calls until the engine closes the channel, or a call has broken the plugin."""
         while (call := self._next()) is not None:
-            with contextlib.suppress(OSError):  # the plugin has closed it: then nobody can tell how far we came
+            try:  # noqa: SIM105 - `suppress` takes as long as what it is for
                 self._out.note = call.call_id
+            except OSError:  # the plugin has closed it: then nobody can tell how far we came
+                pass
             answer = self._answer(call)
             held = self._lender.held()
             self._channel.answer(_holding(answer, held) if held else answer)
@@ -335,6 +342,8 @@ class Caller:
     def _run(self, tool: tools.BoundTool, arguments: dict[str, Any], call_id: int) -> Any:
         """The tool's value; a stream's items are sent as they come, and its value is None."""
         value = tool.method(**arguments)
+        if type(value) in _SETTLED and not tool.info.streams:
+            return value
         if inspect.isawaitable(value):
             value = self._await(value)
         if isinstance(value, AsyncIterator):
@@ -429,6 +438,7 @@ class Caller:
 
 
 _inline_encoder = values.Encoder(None)
+_SETTLED = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict})  # nothing to wait for
 
 
 class _Unsendable(Exception):

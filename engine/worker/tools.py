@@ -183,7 +183,7 @@ def decode(tool: BoundTool, encoding: str, data: bytes, decoder: values.Decoder)
             tool.arguments,
             strict=True,
             builtin_types=_BYTES if encoding != "json" else (),
-            dec_hook=_hook(encoding == "python"),
+            dec_hook=_LOCAL if encoding == "python" else _REMOTE,
         )
     except msgspec.ValidationError as exc:
         raise BadInput(_explain(str(exc), tool)) from None
@@ -219,7 +219,7 @@ def _accepts(hint: Any, kind: type) -> bool:
     return any(isinstance(part, type) and issubclass(part, kind) for part in typing.get_args(hint) or (hint,))
 
 
-def _hook(local: bool) -> Callable[[type, Any], Any]:
+def _hook(*, local: bool) -> Callable[[type, Any], Any]:
     """`dec_hook` for files and arrays. Only a caller in the engine's process may name a file by path."""
 
     def hook(kind: Any, value: Any) -> Any:
@@ -235,6 +235,9 @@ def _hook(local: bool) -> Callable[[type, Any], Any]:
         raise ValueError("Expected a file; send it as a part of multipart/form-data")
 
     return hook
+
+
+_LOCAL, _REMOTE = _hook(local=True), _hook(local=False)
 
 
 def _array(kind: Any, value: Any) -> Any:
