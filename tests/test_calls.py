@@ -298,6 +298,30 @@ async def test_an_item_or_a_result_that_no_caller_could_be_shown_breaks_the_plug
         assert isinstance(call.told[-1], Broken)
 
 
+CLOSES = """
+import os
+from pathlib import Path
+class Plugin:
+    def __init__(self, context): ...
+    def validate(self): ...
+    def close(self) -> int:
+        closed = 0
+        for fd in Path("/proc/self/fd").iterdir():
+            if fd.is_file() and "memfd" in os.readlink(fd):
+                os.close(int(fd.name))
+                closed += 1
+        return closed
+"""
+
+
+async def test_a_plugin_that_has_closed_the_arenas_goes_on_with_short_calls(plugins: Path, data_dir: Path) -> None:
+    write_plugin(plugins, "closes", CLOSES, ["close"])
+    async with hosting(plugins, data_dir) as engine:
+        told = [(await engine.run("closes", "close")).value for _ in range(3)]
+        assert told == [2, 0, 0]
+        assert engine.health("closes").state == "RUNNING"
+
+
 async def test_a_worker_is_woken_before_what_takes_long_to_copy(rig: Rig) -> None:
     for size in (MIB - 1, MIB):
         rig.calls.begin(cast(Any, Call({"data": bytes(size)})))

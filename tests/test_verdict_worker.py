@@ -529,6 +529,18 @@ async def test_a_worker_that_dies_while_its_shared_memory_is_opened_leaves_no_de
         await until(lambda: held() == before)  # the watch looks into a file of a process now and then
 
 
+async def test_a_worker_that_has_died_meanwhile_is_told_nothing(plugins: Path, data_dir: Path) -> None:
+    write_honest(plugins)
+    async with hosting(plugins, data_dir) as engine:
+        pool = engine.registry.get("honest").pool
+        assert pool is not None
+        (worker,) = pool.workers
+        await engine.restart("honest")
+        assert worker.dead
+        worker._on_greeted(worker._hello)
+        assert worker.shm_fd is None
+
+
 @pytest.mark.contract(6)
 async def test_an_answer_after_the_deadline_is_too_late(plugins: Path, data_dir: Path, tmp_path: Path) -> None:
     once = tmp_path / "once"
