@@ -16,6 +16,7 @@ import psutil
 
 from engine import Engine, Settings
 from engine.sandbox.channel import Channel
+from engine.sandbox.host import Worker
 from events.envelope import Event
 
 # The head of a plugin that speaks on its worker's channel.
@@ -90,6 +91,14 @@ async def next_event(engine: Engine, kind: str, plugin: str | None = None, after
         if event.type == kind and plugin in (None, event.subject):
             return event
     raise AssertionError(f"the log ended without {kind}")
+
+
+def only_worker(engine: Engine, name: str) -> Worker:
+    """Of a plugin that has one and is in service."""
+    pool = engine.registry.get(name).pool
+    assert pool is not None
+    (worker,) = pool.workers
+    return worker
 
 
 async def until(condition: Any, timeout_s: float = 20.0) -> None:

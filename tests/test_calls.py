@@ -40,6 +40,10 @@ class Wire:
 
     write_soon = write
 
+    def send(self, message: wire.Message) -> None:
+        """A message."""
+        self.write(wire.frame(message))
+
 
 class Owner:
     """A worker that is told."""

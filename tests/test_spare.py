@@ -51,6 +51,12 @@ def of_proc(pid: int, name: str) -> str:
     return str(path.readlink()) if path.is_symlink() else path.read_text()
 
 
+def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In workers, before all else."""
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths).rstrip(os.pathsep))
+
+
 async def the_spare() -> int:
     """It comes when the fork server has nothing else to do."""
     await until(lambda: len(spares()) == 1)
@@ -116,7 +122,7 @@ async def test_what_is_installed_after_the_rehearsal_is_found_by_the_next_start(
     plugins: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra = tmp_path / "extra"
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(extra), os.environ.get("PYTHONPATH", "")]).rstrip(":"))
+    import_from(extra, monkeypatch)
     write_plugin(plugins, "honest", f"import late_module\n{HONEST}", ["echo"])
     async with hosting(plugins, data_dir) as engine:
         assert engine.health("honest").reason_code == "package_missing"
@@ -132,7 +138,7 @@ async def test_a_finder_that_cannot_stand_the_rehearsal_breaks_no_start(
     extra = tmp_path / "extra"
     extra.mkdir()
     (extra / "sitecustomize.py").write_text(TOUCHY)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(extra), os.environ.get("PYTHONPATH", "")]).rstrip(":"))
+    import_from(extra, monkeypatch)
     write_honest(plugins)
     async with hosting(plugins, data_dir) as engine:
         assert engine.health("honest").state == "INITIALIZED"

@@ -17,6 +17,7 @@ from support import (
     held,
     hosting,
     next_event,
+    only_worker,
     settings_for,
     until,
     write_honest,
@@ -457,9 +458,7 @@ class _Invocation:
 async def test_a_call_that_is_given_to_a_dead_worker_is_told_why_that_died(plugins: Path, data_dir: Path) -> None:
     write_honest(plugins)
     async with hosting(plugins, data_dir) as engine:
-        pool = engine.registry.get("honest").pool
-        assert pool is not None
-        (worker,) = pool.workers
+        worker = only_worker(engine, "honest")
         os.kill(worker.pid, signal.SIGKILL)
         await worker.cause_of_death()
         call: Any = _Invocation()
@@ -532,9 +531,7 @@ async def test_a_worker_that_dies_while_its_shared_memory_is_opened_leaves_no_de
 async def test_a_worker_that_has_died_meanwhile_is_told_nothing(plugins: Path, data_dir: Path) -> None:
     write_honest(plugins)
     async with hosting(plugins, data_dir) as engine:
-        pool = engine.registry.get("honest").pool
-        assert pool is not None
-        (worker,) = pool.workers
+        worker = only_worker(engine, "honest")
         await engine.restart("honest")
         assert worker.dead
         worker._on_greeted(worker._hello)
@@ -546,9 +543,7 @@ async def test_an_answer_after_the_deadline_is_too_late(plugins: Path, data_dir:
     once = tmp_path / "once"
     write_plugin(plugins, "waits", WAITS, ["work"])
     async with hosting(plugins, data_dir) as engine:
-        pool = engine.registry.get("waits").pool
-        assert pool is not None
-        (worker,) = pool.workers
+        worker = only_worker(engine, "waits")
         calling = asyncio.create_task(engine.run("waits", "work", {"once": str(once)}))
         await next_event(engine, "plugin.call.started", "waits")
         worker._ending = Ending.TIMEOUT  # the deadline has passed; the kill comes late
@@ -564,9 +559,7 @@ async def test_a_worker_that_the_watch_has_killed_was_over_its_limit_before_the_
 ) -> None:
     write_honest(plugins)
     async with hosting(plugins, data_dir) as engine:
-        pool = engine.registry.get("honest").pool
-        assert pool is not None
-        (worker,) = pool.workers
+        worker = only_worker(engine, "honest")
         worker.over_memory = True
         os.kill(worker.pid, signal.SIGKILL)
         assert (await worker.cause_of_death()).reason_code == "memory_limit"
@@ -600,9 +593,7 @@ async def test_what_a_cgroup_tells_in_the_end_goes_into_the_verdict(
 ) -> None:
     write_honest(plugins)
     async with Engine(settings_for(plugins, data_dir)) as engine:
-        pool = engine.registry.get("honest").pool
-        assert pool is not None
-        (worker,) = pool.workers
+        worker = only_worker(engine, "honest")
         worker._spawned = worker._spawned._replace(leaf=_Leaf(end))  # type: ignore[arg-type]
         os.kill(worker.pid, signal.SIGKILL)
         assert (await worker.cause_of_death()).reason_code == code

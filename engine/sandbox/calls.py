@@ -167,7 +167,7 @@ class Calls:
 
     def _rouse(self) -> None:
         """Tell the worker what it knows, so that it is awake when the call comes."""
-        self._channel.write(wire.frame(wire.Taken(self._last_id)))
+        self._channel.send(wire.Taken(self._last_id))
 
     def _refuse(self, call: Invocation, rejected: Rejected) -> None:
         call.begins()

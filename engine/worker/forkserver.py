@@ -255,7 +255,8 @@ def _become_worker(parent: int, orders: socket.socket) -> None:
     code = wire.EXIT_BROKEN
     try:
         native.unblock_signals()
-        with socket.socket(fileno=serve.keep_only(orders.detach())) as orders:
+        (kept,) = serve.keep_only([orders.detach()])
+        with socket.socket(fileno=kept) as orders:
             shm_problem, refused = _settle_in(parent)
             problem = "" if reaper.readable(orders) else load.rehearsed()
             data, fds, _, _ = socket.recv_fds(orders, 65536, _MAX_FDS)

@@ -100,7 +100,7 @@ def _rehearse() -> None:
         for name in set(logging.root.manager.loggerDict) - loggers:
             del logging.root.manager.loggerDict[name]
         importlib.invalidate_caches()  # what is installed from now on is found, however fresh the folders are
-    wire.frame(wire.Ready({name: tool.info for name, tool in tools.items()}))
+    _to_nobody(wire.Ready({name: tool.info for name, tool in tools.items()}))
 
 
 def _to_nobody(message: wire.Message) -> None:

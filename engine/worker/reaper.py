@@ -95,15 +95,18 @@ def _wait(pid: int, pidfd: int, control: socket.socket) -> int:
 
 def readable(end: socket.socket) -> bool:
     """Whether something waits there to be read."""
-    poll = select.poll()
-    poll.register(end, select.POLLIN)
-    return bool(poll.poll(0))
+    return _has(end, select.POLLIN)
 
 
 def peer_is_gone(control: socket.socket) -> bool:
     """Whether the engine has closed its end of the control socket."""
+    return _has(control, 0)
+
+
+def _has(end: socket.socket, events: int) -> bool:
+    """Whether one of these events, or the end of the other side, is there now."""
     poll = select.poll()
-    poll.register(control, 0)
+    poll.register(end, events)
     return bool(poll.poll(0))
 
 

@@ -86,12 +86,9 @@ class Descriptors(NamedTuple):
     @classmethod
     def adopt(cls, fds: list[int]) -> Descriptors:
         """Move the descriptors to their places, and close every other one."""
-        moved = [os.dup2(fd, _FIRST_FD + n, inheritable=False) for n, fd in enumerate(fds)]
-        own = cls(*moved)
+        own = cls(*keep_only(fds))
         os.dup2(own.output, 1)  # 0 is /dev/null, as it is the fork server's
         os.dup2(own.output, 2)
-        os.closerange(3, _FIRST_FD)
-        os.closerange(_FIRST_FD + len(own), _MAX_FD)
         return own
 
 
@@ -172,11 +169,11 @@ class Channel:
             self._socket.close()
 
 
-def keep_only(fd: int) -> int:
-    """Close every descriptor that the fork brought along, but this one; its number from now on."""
-    kept = os.dup2(fd, _FIRST_FD, inheritable=False)
+def keep_only(fds: list[int]) -> list[int]:
+    """Move these descriptors to where ours start, and close every other one; their numbers from now on."""
+    kept = [os.dup2(fd, _FIRST_FD + n, inheritable=False) for n, fd in enumerate(fds)]
     os.closerange(3, _FIRST_FD)
-    os.closerange(_FIRST_FD + 1, _MAX_FD)
+    os.closerange(_FIRST_FD + len(kept), _MAX_FD)
     return kept
 
 
