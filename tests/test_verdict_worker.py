@@ -237,13 +237,13 @@ async def test_a_start_for_which_no_thread_can_be_had_leaves_no_worker(
 
     write_honest(plugins)
     async with Engine(settings_for(plugins, data_dir)) as engine:
-        before, processes = held(), descendants()
+        before, processes = held(), descendants() - spares()
         with monkeypatch.context() as patch:
             patch.setattr(shm, "of", unable)
             health = await engine.restart("honest")
             assert (health.state, health.reason_code) == ("FAILED", "engine_fault")
             assert "can't start new thread" in str(health.reason)
-        await until(lambda: len(descendants()) == len(processes) - 1)
+        await until(lambda: len(descendants() - spares()) == len(processes) - 1)
         assert (await engine.restart("honest")).state == "INITIALIZED"
         await until(lambda: held() == before)
 
@@ -491,7 +491,7 @@ async def test_a_worker_that_cannot_be_connected_is_ended_and_leaves_nothing(
 ) -> None:
     write_honest(plugins)
     async with Engine(settings_for(plugins, data_dir)) as engine:
-        before, processes = held(), descendants()
+        before, processes = held(), descendants() - spares()
         owner: Any = asyncio.get_running_loop() if unable != "watch" else MemoryWatch
         name = unable if unable != "watch" else "add"
 
@@ -506,7 +506,7 @@ async def test_a_worker_that_cannot_be_connected_is_ended_and_leaves_nothing(
             assert list(engine.faults) == ["start honest"]
         assert (await engine.restart("honest")).state == "INITIALIZED"
         await until(lambda: held() == before)  # the watch looks into a file of a process now and then
-        await until(lambda: len(descendants()) == len(processes))
+        await until(lambda: len(descendants() - spares()) == len(processes))
 
 
 @pytest.mark.contract(4)
