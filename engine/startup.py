@@ -135,7 +135,8 @@ class Starter:
     async def _slot(self) -> AsyncIterator[None]:
         """A place among the few that start at once; plugins that hang there delay the others only so long."""
         try:
-            await asyncio.wait_for(self._slots.acquire(), _SLOT_WAIT_S)
+            async with asyncio.timeout(_SLOT_WAIT_S):
+                await self._slots.acquire()
         except TimeoutError:
             yield
             return

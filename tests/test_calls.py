@@ -389,7 +389,7 @@ def call_of(number: int, tool: str = "picture", taken: int = 0) -> wire.Call:
 async def test_a_worker_does_not_write_over_a_result_that_was_not_taken(plugins: Path, tmp_path: Path) -> None:
     folder = write_plugin(plugins, "pictures", PICTURES, ["picture"])
     async with bare_worker(tmp_path / "scratch") as worker:
-        await worker.say(start_of(folder, worker, "picture"))
+        await worker.say(start_of(folder, worker, "picture"), wire.Go())
         await worker.hear(wire.Ready)
         out = arena.Arena(worker.arena_out, writable=False)
         assert out.note == 0
@@ -419,7 +419,7 @@ async def test_a_worker_that_was_called_a_moment_ago_sleeps_until_it_is_called_a
 ) -> None:
     folder = write_plugin(plugins, "pictures", PICTURES, ["writes"])
     async with bare_worker(tmp_path / "scratch") as worker:
-        await worker.say(start_of(folder, worker, "writes"))
+        await worker.say(start_of(folder, worker, "writes"), wire.Go())
         await worker.hear(wire.Ready)
         for number in range(1, 30):
             await worker.say(call_of(number, "writes"))
@@ -445,7 +445,7 @@ async def cpu_ns_at_rest(pid: int) -> int:
 async def test_a_worker_runs_nothing_after_a_call_that_broke_the_plugin(plugins: Path, tmp_path: Path) -> None:
     folder = write_plugin(plugins, "fails", PICTURES, ["fails", "writes"])
     async with bare_worker(tmp_path / "scratch") as worker:
-        await worker.say(start_of(folder, worker, "fails", "writes"))
+        await worker.say(start_of(folder, worker, "fails", "writes"), wire.Go())
         await worker.hear(wire.Ready)
         await worker.say(call_of(1, "fails"))
         await worker.say(call_of(2, "writes"))

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,18 @@ def digest(data: bytes) -> str:
 # The channel, on a real socket.
 
 
+async def connected(
+    end: socket.socket, on_message: Callable[[Any], None], on_lost: Callable[[str | None], None]
+) -> Channel:
+    channel = Channel(on_message, on_lost)
+    await channel.connect(end)
+    return channel
+
+
 async def test_a_channel_whose_other_end_closed_takes_everything_and_does_nothing() -> None:
     lost: asyncio.Queue[str | None] = asyncio.Queue()
     ours, theirs = socket.socketpair()
-    channel = await Channel.over(ours, lambda _: None, lost.put_nowait)
+    channel = await connected(ours, lambda _: None, lost.put_nowait)
     theirs.close()
     async with asyncio.timeout(10):
         assert await lost.get() is None
@@ -60,7 +69,7 @@ async def test_a_channel_that_is_closed_before_it_is_connected_takes_everything_
 async def test_a_paused_channel_reads_on_only_when_it_is_resumed() -> None:
     heard: asyncio.Queue[Any] = asyncio.Queue()
     ours, theirs = socket.socketpair()
-    channel = await Channel.over(ours, heard.put_nowait, lambda _: None)
+    channel = await connected(ours, heard.put_nowait, lambda _: None)
     with theirs:
         channel.pause()
         theirs.sendall(wire.frame(wire.Began(1)))
@@ -101,7 +110,7 @@ def test_an_arena_stays_mapped_for_as_long_as_somebody_looks_at_it() -> None:
 
 async def test_more_than_the_socket_takes_at_once_arrives_whole_and_in_order() -> None:
     ours, theirs = socket.socketpair()
-    channel = await Channel.over(ours, lambda _: None, lambda _: None)
+    channel = await connected(ours, lambda _: None, lambda _: None)
     lines = [wire.LogLine("info", character * 150_000) for character in "abcdef"]
     for line in lines[:3]:
         channel.send(line)  # the second no longer whole, the third not at all
@@ -123,7 +132,7 @@ async def test_a_full_socket_is_written_to_once_it_is_empty() -> None:
     with contextlib.suppress(BlockingIOError):
         while True:
             filled += ours.send(bytes(4096))
-    channel = await Channel.over(ours, lambda _: None, lambda _: None)
+    channel = await connected(ours, lambda _: None, lambda _: None)
     channel.send(wire.Began(7))
     frame = wire.frame(wire.Began(7))
     with theirs, theirs.makefile("rb") as file:
@@ -135,7 +144,7 @@ async def test_a_full_socket_is_written_to_once_it_is_empty() -> None:
 async def test_a_write_to_a_socket_that_broke_is_left_to_whoever_reads_it() -> None:
     lost: asyncio.Queue[str | None] = asyncio.Queue()
     ours, theirs = socket.socketpair()
-    channel = await Channel.over(ours, lambda _: None, lost.put_nowait)
+    channel = await connected(ours, lambda _: None, lost.put_nowait)
     theirs.close()
     channel.send(wire.Began(1))
     async with asyncio.timeout(10):

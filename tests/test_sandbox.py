@@ -335,6 +335,19 @@ async def log_lines(engine: Any) -> list[PluginLog]:
     return lines
 
 
+async def test_settings_larger_than_the_channel_takes_at_once_arrive_whole(plugins: Path, data_dir: Path) -> None:
+    code = """
+        class Plugin:
+            def __init__(self, context): self.texts = context.settings["texts"]
+            def validate(self): pass
+            def work(self): return [len(text) for text in self.texts]
+    """
+    texts = ["x" * 100_000] * 9  # a manifest may have a MiB
+    write_plugin(plugins, "wordy", code, ["work"], head=f"[settings]\ntexts = {texts!r}")
+    async with hosting(plugins, data_dir) as engine:
+        assert (await engine.run("wordy", "work")).value == [100_000] * 9
+
+
 # The channel.
 
 FRAMES = st.one_of(

@@ -18,21 +18,15 @@ from zoo import fork_server, name_of, spares
 from engine import Engine
 from engine.sandbox import wire
 from engine.sandbox.frames import Frames
-from engine.worker import confine, forkserver, load, reaper
+from engine.worker import confine, forkserver, load
 from engine.worker.forkserver import ForkServer
 from events.envelope import PluginLog
 
 TOUCHY = """
 import sys
-class Touchy:
-    def __init__(self, path):
-        if path != "touchy":
-            raise ImportError
-    def find_spec(self, name, target=None):
-        if "rehearsal" in name:
-            raise ValueError(name)
-sys.path_hooks.insert(0, Touchy)
-sys.path.append("touchy")
+def touchy(path):
+    raise ValueError("no root") if path == "/" else ImportError
+sys.path_hooks.insert(0, touchy)
 """
 
 
@@ -146,7 +140,7 @@ async def test_a_finder_that_cannot_stand_the_rehearsal_breaks_no_start(
         assert (await engine.restart("honest")).state == "INITIALIZED"
         line = await next_event(engine, "plugin.log", "honest")
         assert isinstance(line.data, PluginLog)
-        assert "the rehearsal of a start failed (ValueError: _holdfast_rehearsal)" in line.data.message
+        assert "the rehearsal of a start failed (ValueError: no root)" in line.data.message
 
 
 def test_a_rehearsal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,17 +148,29 @@ def test_a_rehearsal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     own = logging.getLogger("holdfast")
     traces = (sys.path, sys.modules, logging.root.manager.loggerDict)
     before = [list(trace) for trace in traces]
-    assert load.rehearsed() == ""
+    assert load.rehearsed(lambda: False) == ""
     assert [list(trace) for trace in traces] == before
     assert logging.getLogger("holdfast") is own
 
 
+@pytest.mark.parametrize("after", range(8))
+def test_a_rehearsal_ends_as_soon_as_it_is_called_and_leaves_no_trace(
+    after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
+    before = [list(sys.path), list(sys.modules)]
+    asked = iter([*[False] * after, True])
+    assert load.rehearsed(lambda: next(asked)) == ""
+    assert len(list(asked)) == (0 if after < 6 else after - 5), "it asks at each of its six stages"
+    assert [list(sys.path), list(sys.modules)] == before
+
+
 def test_why_a_rehearsal_went_wrong_is_told_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raises() -> None:
+    def raises(_: object) -> None:
         raise ValueError("not with me")
 
     monkeypatch.setattr(load, "_rehearse", raises)
-    assert load.rehearsed() == "the rehearsal of a start failed (ValueError: not with me)"
+    assert load.rehearsed(lambda: False) == "the rehearsal of a start failed (ValueError: not with me)"
 
 
 # Of a fork server within this process, and its children
@@ -210,8 +216,7 @@ def test_what_the_kernel_refuses_a_spare_is_said_by_the_worker_that_it_becomes(
 def test_a_rehearsal_that_went_wrong_is_said_by_the_worker_that_it_becomes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reaper, "readable", lambda _: False)  # as if it were not asked for yet
-    monkeypatch.setattr(load, "rehearsed", lambda: "it went wrong")
+    monkeypatch.setattr(load, "rehearsed", lambda _: "it went wrong")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     channel, channel_end = socket.socketpair()
     with ours, theirs, channel, Path(os.devnull).open("rb") as nothing:
@@ -220,7 +225,7 @@ def test_a_rehearsal_that_went_wrong_is_said_by_the_worker_that_it_becomes(
         socket.send_fds(ours, [request], [channel_end.fileno(), *[nothing.fileno()] * 4])
         channel_end.close()
         start = wire.Start("absent", str(tmp_path), "absent:Plugin", {}, msgpack.encode({}), "/", {}, 0, 0)
-        channel.sendall(wire.frame(start))
+        channel.sendall(wire.frame(start) + wire.frame(wire.Go()))
         channel.shutdown(socket.SHUT_WR)
         assert wire.LogLine("warning", "it went wrong") in messages(channel)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

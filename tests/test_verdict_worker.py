@@ -229,11 +229,11 @@ async def test_what_is_kept_of_a_call_goes_with_a_death_that_cannot_be_judged(
         await until(lambda: held() == before)
 
 
-async def test_a_start_for_which_no_thread_can_be_had_leaves_no_worker(
+async def test_a_greeting_that_the_engine_fails_on_leaves_no_worker_and_does_not_blame_the_plugin(
     plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unable(_pid: int) -> None:
-        raise RuntimeError("can't start new thread")
+        raise RuntimeError("out of order")
 
     write_honest(plugins)
     async with Engine(settings_for(plugins, data_dir)) as engine:
@@ -242,7 +242,7 @@ async def test_a_start_for_which_no_thread_can_be_had_leaves_no_worker(
             patch.setattr(shm, "of", unable)
             health = await engine.restart("honest")
             assert (health.state, health.reason_code) == ("FAILED", "engine_fault")
-            assert "can't start new thread" in str(health.reason)
+            assert "out of order" in str(health.reason)
         await until(lambda: len(descendants() - spares()) == len(processes) - 1)
         assert (await engine.restart("honest")).state == "INITIALIZED"
         await until(lambda: held() == before)
@@ -526,16 +526,6 @@ async def test_a_worker_that_dies_while_its_shared_memory_is_opened_leaves_no_de
             assert (await engine.restart("honest")).reason_code == "killed_externally"
         assert (await engine.restart("honest")).state == "INITIALIZED"
         await until(lambda: held() == before)  # the watch looks into a file of a process now and then
-
-
-async def test_a_worker_that_has_died_meanwhile_is_told_nothing(plugins: Path, data_dir: Path) -> None:
-    write_honest(plugins)
-    async with hosting(plugins, data_dir) as engine:
-        worker = only_worker(engine, "honest")
-        await engine.restart("honest")
-        assert worker.dead
-        worker._on_greeted(worker._hello)
-        assert worker.shm_fd is None
 
 
 @pytest.mark.contract(6)

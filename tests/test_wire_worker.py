@@ -40,9 +40,9 @@ class Bare:
         """Whether it waits for something."""
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
-    async def say(self, message: wire.Message) -> None:
-        """Send a frame."""
-        await asyncio.get_running_loop().sock_sendall(self.channel, wire.frame(message))
+    async def say(self, *messages: wire.Message) -> None:
+        """Send a frame of each."""
+        await asyncio.get_running_loop().sock_sendall(self.channel, b"".join(map(wire.frame, messages)))
 
     async def hear(self, kind: type[wire.Message]) -> Any:
         """The next message of a kind."""
@@ -117,12 +117,22 @@ async def test_a_worker_whose_engine_goes_before_it_says_anything_ends_in_peace(
         assert await worker.exit_code() == 0
 
 
+async def test_a_worker_does_not_touch_the_plugin_before_it_is_told_to_go(plugins: Path, tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    folder = write_plugin(plugins, "eager", f"open({str(touched)!r}, 'w')", ["work"])
+    async with bare_worker(tmp_path / "scratch") as worker:
+        await worker.say(start_of(folder, worker, "work"))
+        worker.channel.close()
+        assert await worker.exit_code() == 0
+    assert not touched.exists()
+
+
 async def test_a_worker_that_could_not_start_ends_in_peace_once_it_has_said_why(
     plugins: Path, tmp_path: Path
 ) -> None:
     folder = write_plugin(plugins, "broken", "raise RuntimeError('no')", ["work"])
     async with bare_worker(tmp_path / "scratch") as worker:
-        await worker.say(start_of(folder, worker, "work"))
+        await worker.say(start_of(folder, worker, "work"), wire.Go())
         report = await worker.hear(wire.StartFailed)
         assert (report.stage, report.kind, report.message) == ("import", "exception", "no")
         worker.channel.close()
@@ -137,7 +147,7 @@ async def test_a_worker_that_is_told_what_no_engine_tells_ends_as_broken_and_say
     async with bare_worker(tmp_path / "scratch") as worker:
         out_of_turn: wire.Message = wire.Call(1, "echo", "json", b"{}")
         if started:
-            await worker.say(out_of_turn := start_of(folder, worker, "echo"))
+            await worker.say(out_of_turn := start_of(folder, worker, "echo"), wire.Go())
             await worker.hear(wire.Ready)
         await worker.say(out_of_turn)
         assert await worker.exit_code() == wire.EXIT_BROKEN
@@ -149,7 +159,7 @@ async def test_a_worker_calls_and_answers_with_nothing_of_the_engine_but_the_wir
 ) -> None:
     folder = write_plugin(plugins, "honest", HONEST, ["echo"])
     async with bare_worker(tmp_path / "scratch") as worker:
-        await worker.say(start_of(folder, worker, "echo"))
+        await worker.say(start_of(folder, worker, "echo"), wire.Go())
         ready = await worker.hear(wire.Ready)
         assert msgspec.json.decode(ready.tools["echo"].parameters)["properties"]["text"]["default"] == "hello"
         # In pieces: a frame that has come in part is waited for.
@@ -187,7 +197,7 @@ async def test_a_plugin_is_given_what_the_engine_has_sent(plugins: Path, tmp_pat
         model = folder / "detector.pt"
         model.touch()
         models, settings = {"detector": str(model)}, msgpack.encode({"level": 3})
-        await worker.say(msgspec.structs.replace(start, models=models, settings=settings))
+        await worker.say(msgspec.structs.replace(start, models=models, settings=settings), wire.Go())
         await worker.hear(wire.Ready)
         await worker.say(wire.Call(1, "work", "json", b"{}"))
         value = msgpack.decode((await worker.hear(wire.Result)).value)

@@ -12,17 +12,18 @@ from engine.loader.containment import check_sandbox
 from engine.loader.dependencies import check_packages
 from engine.loader.findings import Finding, in_order
 from engine.loader.gpu import GpuCheck
-from engine.loader.manifest import Manifest
+from engine.loader.manifest import Manifest, Sandbox
 from engine.loader.model_files import check_models
 
 
 async def check(manifest: Manifest, folder: Path, gpu: GpuCheck, *, refresh_gpu: bool = False) -> list[Finding]:
     """What the plugin in `folder` needs and this machine lacks, in the table's order; empty if nothing.
 
-    The GPU is looked at only for a plugin that requires one. Files are read in a thread.
+    The GPU is looked at only for a plugin that requires one. Files are read in a thread, where any is named.
     """
     findings = await gpu.findings(refresh=refresh_gpu) if manifest.requires_gpu else []
-    findings += await asyncio.to_thread(_check_files, manifest, folder)
+    if manifest.packages or manifest.models or manifest.sandbox != Sandbox():
+        findings += await asyncio.to_thread(_check_files, manifest, folder)
     return in_order(_torch_once(findings))
 
 

@@ -34,18 +34,13 @@ class Channel(asyncio.BufferedProtocol):
         self.paused = False
         self.ended = asyncio.Event()  # nothing more will come
 
-    @classmethod
-    async def over(
-        cls, end: socket.socket, on_message: Callable[[Any], None], on_lost: Callable[[str | None], None]
-    ) -> Channel:
-        """A channel over a socket, which is the channel's from now on. Raises OSError."""
-        loop = asyncio.get_running_loop()
+    async def connect(self, end: socket.socket) -> None:
+        """Go over this socket, which is the channel's from now on. Raises OSError."""
         try:
-            _, channel = await loop.create_unix_connection(lambda: cls(on_message, on_lost), sock=end)
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=end)
         except BaseException:
             end.close()
             raise
-        return channel
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The transport is ours."""
@@ -79,8 +74,8 @@ class Channel(asyncio.BufferedProtocol):
         """Send one message."""
         self.write(wire.frame(message))
 
-    def write(self, frame: bytes) -> None:
-        """Send a frame. After the channel is lost this does nothing; the worker's death answers instead."""
+    def write(self, frame: bytes | memoryview) -> None:
+        """Send a frame, or the rest of one; nothing once the channel is lost, and the worker's death answers."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame)
 

@@ -1,9 +1,10 @@
 """A worker as the engine sees it: started, called, watched, ended.
 
     engine                                   worker
+      ├── Start ──────────────────────────────▶ (waits in the channel)
       │  Fork (fork server) ──────────────────▶ forked, confined
-      │◀───────────────────────────── Hello ────┤
-      ├── Start ──────────────────────────────▶ import, __init__, validate
+      │◀───────────────────────────── Hello ────┤ contained
+      ├── Go ─────────────────────────────────▶ import, __init__, validate
       │◀──────────── Stage… Ready | StartFailed ┤
       ├── Call ───────────────────────────────▶ check arguments, run the tool
       │◀─ Began? Progress… Item… Result | Failed┤
@@ -127,8 +128,9 @@ class Worker:
         self._watch = watch
         self._opened = opened  # all that has to be closed in the end
         self._loop = asyncio.get_running_loop()
-        self._hello: asyncio.Future[wire.Hello] = self._loop.create_future()
-        self._started: asyncio.Future[wire.Ready | wire.StartFailed] = self._loop.create_future()
+        self._channel = Channel(self._on_message, self._on_channel_lost)
+        self._greeted = False
+        self._started: asyncio.Future[wire.Ready | wire.StartFailed | Verdict] = self._loop.create_future()
         self._died = asyncio.Event()  # the process has; the verdict comes later
         self._dead: asyncio.Future[Verdict] = self._loop.create_future()
         self._stage = ""
@@ -174,6 +176,9 @@ class Worker:
             ours, theirs = socket.socketpair()
             with theirs, contextlib.ExitStack() as given:
                 try:
+                    ours.setblocking(False)
+                    start = memoryview(wire.frame(spec.start))
+                    start = start[ours.send(start) :]
                     output, output_end = _pipe(opened, given, os.O_CLOEXEC)
                     stack, stack_end = _pipe(opened, given, os.O_CLOEXEC | os.O_NONBLOCK)
                     arena_in = arena.create(spec.arena_bytes)
@@ -190,7 +195,7 @@ class Worker:
                     ours.close()
                     raise
             worker = cls(spec, spawned, observer, watch, opened.pop_all())
-        connecting = asyncio.ensure_future(worker._connect(ours, output, stack, arena_in, arena_out))
+        connecting = asyncio.ensure_future(worker._connect(ours, start, output, stack, arena_in, arena_out))
         try:
             await asyncio.shield(connecting)
         except asyncio.CancelledError:  # from here on somebody has to reap it
@@ -201,13 +206,16 @@ class Worker:
         return worker
 
     async def _connect(
-        self, channel: socket.socket, output: int, stack: int, arena_in: int, arena_out: int
+        self, channel: socket.socket, start: memoryview, output: int, stack: int, arena_in: int, arena_out: int
     ) -> None:
+        """`start` is what did not fit into the channel yet."""
         opened = self._opened
         opened.callback(os.close, self._spawned.pidfd)
         try:
-            self._channel = await Channel.over(channel, self._on_message, self._on_channel_lost)
+            await self._channel.connect(channel)
             opened.callback(self._channel.close)
+            if start:
+                self._channel.write(start)
             self._arena_in = arena.Arena(arena_in, writable=True)
             opened.callback(self._arena_in.release)
             results = arena.Arena(arena_out, writable=False)
@@ -229,10 +237,11 @@ class Worker:
         self._own(self._reap())
 
     async def _bring_up(self) -> None:
-        """Hello, Start, Ready, under the start's deadline; or StartFailed."""
+        """Hello, Go, Ready, under the start's deadline; or StartFailed."""
         timeout_s = self._spec.start_timeout_s
         try:
-            report = await asyncio.wait_for(self._greet(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                report = await asyncio.shield(self._started)
         except TimeoutError:
             self._limit_s = timeout_s
             ended = await self.end(Ending.START_TIMEOUT)
@@ -250,22 +259,6 @@ class Worker:
             await self.end(Ending.FAILED)
             raise StartFailed(self._known)
         raise StartFailed(_cause_of(report))
-
-    async def _greet(self) -> wire.Ready | wire.StartFailed | Verdict:
-        self._hello.add_done_callback(self._on_greeted)
-        either: set[asyncio.Future[Any]] = {self._started, self._dead}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        return self._started.result() if self._started.done() else self._dead.result()
-
-    def _on_greeted(self, _hello: asyncio.Future[wire.Hello]) -> None:
-        """Tell it what it is to be. A callback, because the worker waits, and a task or a thread comes later."""
-        if self._ending is not None or self.dead:
-            return
-        try:
-            self.shm_fd = shm.of(self.pid)
-            self._channel.send(self._spec.start)
-        except Exception as exc:  # which the start is told of
-            self._started.set_exception(exc)
 
     # Calls.
 
@@ -395,6 +388,8 @@ class Worker:
             self._release()
         finally:
             self._dead.set_result(judged)
+            if not self._started.done():
+                self._started.set_result(judged)
             self._tell_death(status, judged, death)
 
     async def _heard_out(self) -> None:
@@ -510,9 +505,9 @@ class Worker:
                     self._observer.log_line("log", level, line, dropped)
             case wire.Stage(name=name) if not self._started.done():
                 self._stage = name
-            case wire.Hello() if not self._hello.done():
+            case wire.Hello() if not self._greeted:
                 self._on_hello(message)
-            case wire.Ready() | wire.StartFailed() if self._hello.done() and not self._started.done():
+            case wire.Ready() | wire.StartFailed() if self._greeted and not self._started.done():
                 if isinstance(message, wire.Ready):
                     _check_tools(message.tools, self._spec.start.tools)
                 self._started.set_result(message)
@@ -522,8 +517,13 @@ class Worker:
     def _on_hello(self, hello: wire.Hello) -> None:
         if hello.protocol != wire.PROTOCOL:
             raise ProtocolBreach(f"it speaks protocol {hello.protocol}, the engine {wire.PROTOCOL}")
+        self._greeted = True
         self._main_thread = hello.main_thread
-        self._hello.set_result(hello)
+        try:
+            self.shm_fd = shm.of(self.pid)  # before the plugin is touched
+            self._channel.send(wire.Go())
+        except Exception as exc:  # which the start is told of
+            self._started.set_exception(exc)
 
     def _on_channel_lost(self, breach: str | None) -> None:
         """The channel is over: by a breach, by the worker's death, or because the plugin closed it."""

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import msgpack
 
-PROTOCOL = 2
+PROTOCOL = 3
 UPLOADS = "uploads"  # the folder in the scratch root where the files of calls are
 HEADER = struct.Struct("!I")
 # Larger values travel through the arena or are refused; no frame may make the other side allocate more.
@@ -59,7 +59,7 @@ class Sandbox(msgspec.Struct, frozen=True):
 
 
 class Start(Message, frozen=True, tag=1):
-    """Everything a worker needs to become a plugin; its answer is `Ready` or `StartFailed`."""
+    """Everything a worker needs to become a plugin; its answer, after `Go`, is `Ready` or `StartFailed`."""
 
     name: str
     folder: str
@@ -98,6 +98,10 @@ class Taken(Message, frozen=True, tag=3):
     """
 
     call_id: int
+
+
+class Go(Message, frozen=True, tag=4):
+    """The answer to `Hello`: the engine is ready, and the plugin may be touched."""
 
 
 # Worker to engine.
@@ -251,6 +255,7 @@ FROM_WORKER: TypeAlias = Hello | Stage | Ready | StartFailed | Began | Progress 
 
 _encoder = msgpack.Encoder()
 start_request = msgpack.Decoder(Start)
+go_ahead = msgpack.Decoder(Go)
 from_engine = msgpack.Decoder(Call | Taken)
 from_worker = msgpack.Decoder(FROM_WORKER)
 fork_request = msgpack.Decoder(Fork)

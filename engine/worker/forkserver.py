@@ -258,7 +258,7 @@ def _become_worker(parent: int, orders: socket.socket) -> None:
         (kept,) = serve.keep_only([orders.detach()])
         with socket.socket(fileno=kept) as orders:
             shm_problem, refused = _settle_in(parent)
-            problem = "" if reaper.readable(orders) else load.rehearsed()
+            problem = load.rehearsed(lambda: reaper.readable(orders))
             data, fds, _, _ = socket.recv_fds(orders, 65536, _MAX_FDS)
         if not data:  # the fork server has no use for us
             os._exit(0)

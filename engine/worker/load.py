@@ -46,12 +46,20 @@ class Context:
         log: a logger whose lines become `plugin.log` events.
     """
 
-    def __init__(self, start: wire.Start, log: logging.Logger) -> None:
+    def __init__(self, start: wire.Start, send: Callable[[wire.Message], None]) -> None:
         self._start = start
+        self._send = send
         self.settings: dict[str, Any] = msgpack.decode(start.settings)
-        self.log = log
 
     # Made when they are asked for: `pathlib` takes as much of a small worker's memory as its logger.
+
+    @functools.cached_property
+    def log(self) -> logging.Logger:
+        logger = logging.getLogger(f"holdfast.{self._start.name}")
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+        logger.addHandler(_LogHandler(self._send))
+        return logger
 
     @functools.cached_property
     def models(self) -> dict[str, Path]:
@@ -72,39 +80,46 @@ class Plugin:
 """
 
 
-def rehearsed() -> str:
-    """Rehearse a start; "", or why that went wrong, which does no harm."""
+class _Called(Exception):
+    """The rehearsal is over: it is time for the start itself."""
+
+
+def rehearsed(called: Callable[[], bool]) -> str:
+    """Rehearse a start until `called`; "", or why that went wrong, which does no harm."""
+
+    def send(message: wire.Message) -> None:
+        wire.frame(message)
+        if called():
+            raise _Called
+
     try:
-        _rehearse()
+        if not called():
+            _rehearse(send)
+    except _Called:
+        return ""
     except Exception as exc:  # an import hook of somebody's, say
         return f"the rehearsal of a start failed ({failure.type_name(type(exc))}: {failure.message(exc)})"
     return ""
 
 
-def _rehearse() -> None:
+def _rehearse(send: Callable[[wire.Message], None]) -> None:
     """Do once, for nothing, what every start does, in a worker that waits to be told which plugin it serves.
 
     A forked process has its own copy of a page from when it first writes to it, and to look at a Python object is
     to write to it: hundreds of pages, each a fault of some microseconds, that the start then finds in place.
     """
     start = wire.Start("rehearsal", "/", f"{_REHEARSAL}:Plugin", {}, msgpack.encode({}), "/", {"tool": ()}, 0, 0)
-    path, loggers = sys.path.copy(), set(logging.root.manager.loggerDict)
-    PathFinder.find_spec(_REHEARSAL)  # finds nothing, having looked everywhere
+    path = sys.path.copy()
+    PathFinder.find_spec(_REHEARSAL, ["/"])  # finds nothing
+    sys.path_importer_cache.pop("/", None)
     sys.modules[_REHEARSAL] = module = ModuleType(_REHEARSAL)
     try:
         exec(compile(_REHEARSED, _REHEARSAL, "exec", dont_inherit=True), vars(module))  # noqa: S102 - our own
-        tools = load(wire.start_request.decode(wire.encode(start)), _to_nobody)
+        tools = load(wire.start_request.decode(wire.encode(start)), send)
     finally:
         sys.path[:] = path
         del sys.modules[_REHEARSAL]
-        for name in set(logging.root.manager.loggerDict) - loggers:
-            del logging.root.manager.loggerDict[name]
-        importlib.invalidate_caches()  # what is installed from now on is found, however fresh the folders are
-    _to_nobody(wire.Ready({name: tool.info for name, tool in tools.items()}))
-
-
-def _to_nobody(message: wire.Message) -> None:
-    wire.frame(message)
+    send(wire.Ready({name: tool.info for name, tool in tools.items()}))
 
 
 class _LogHandler(logging.Handler):
@@ -122,11 +137,7 @@ def load(start: wire.Start, send: Callable[[wire.Message], None]) -> dict[str, B
     Raises:
         Refused: with the report to send.
     """
-    logger = logging.getLogger(f"holdfast.{start.name}")
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    logger.addHandler(_LogHandler(send))
-    context = Context(start, logger)
+    context = Context(start, send)
     with _stage("import", start, send):
         plugin_class = _import(start)
     with _stage("init", start, send):

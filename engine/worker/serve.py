@@ -189,11 +189,11 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
     channel = Channel(descriptors.channel)
     _watch(descriptors.stack, channel)
     channel.send(wire.Hello(wire.PROTOCOL, os.getpid(), threading.get_ident()))
-    _settle_in(scratch)  # while the engine answers
-    first = channel.receive()
+    first = channel.receive()  # it has been there since before us
     if first is None:
         return 0
     start = wire.start_request.decode(first)
+    _settle_in(scratch)
     confine.limit(start.memory_bytes)
     try:
         if problem:
@@ -204,10 +204,14 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
             mounts.limit_shm(start.memory_bytes + start.memory_bytes // 4)  # the watch is to find it first
         contain.apply(start)
         sys.addaudithook(_suicide_note(descriptors.stack, start.folder))
+        if (go := channel.receive()) is None:
+            return 0
+        wire.go_ahead.decode(go)
         plugin_tools = load.load(start, channel.send)
     except load.Refused as exc:
         channel.send(exc.report)
-        channel.receive()  # the engine ends us, having read the report
+        while channel.receive() is not None:  # the engine ends us, having read the report
+            pass
         return 0
     caller = Caller(channel, start.folder, plugin_tools, start.max_result_bytes, descriptors)
     channel.send(wire.Ready({name: tool.info for name, tool in plugin_tools.items()}))
