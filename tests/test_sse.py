@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from http_support import (
 from support import settings_for, until, write_honest
 
 from engine import Engine
-from engine.api.keys import KEEP_ALIVE_S, STALL_S, STREAMS
+from engine.api.keys import KEEP_ALIVE_S, STALL_S, STREAMS, Streams
 from events.envelope import PluginLog
 
 JSON = {"Accept": "application/json"}
@@ -291,3 +292,26 @@ async def test_many_readers_see_the_same(plugins: Path, data_dir: Path) -> None:
         seen = await asyncio.gather(*readers)
     assert all([event.raw for event in one] == [event.raw for event in seen[0]] for one in seen)
     assert json.loads(seen[0][0].raw)["sequence"] == before + 1
+
+
+def test_the_more_streams_there_are_the_longer_each_lets_events_gather() -> None:
+    streams = Streams(5000)
+    with contextlib.ExitStack() as places:
+        for number in range(1, 5001):
+            places.enter_context(streams.place())
+            assert streams.apart_s == pytest.approx(min(0.1, number / 10_000))
+    assert streams.apart_s == 0
+
+
+async def test_events_that_gathered_arrive_in_order_and_once(
+    plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Streams, "apart_s", 0.05)
+    write_lab(plugins)
+    async with serving(plugins, data_dir) as lab:
+        after = lab.engine.bus.last
+        reading = asyncio.create_task(read(lab, f"/v1/events?after={after}", 40))
+        for number in range(20):  # each of them two events, in a batch of the log's own
+            await lab.run("echo", text=str(number))
+            assert await asyncio.to_thread(lab.engine.log.flush, 10)
+        assert [event.id for event in await reading] == list(range(after + 1, after + 41))

@@ -40,6 +40,10 @@ class Background:
             await asyncio.wait(self._tasks)
 
 
+_APART_EACH_S = 100e-6  # more than twice what it takes to send a batch
+_APART_MOST_S = 0.1
+
+
 class Streams:
     """The open streams: so many and no more; stopping can wake and end those of events."""
 
@@ -65,6 +69,15 @@ class Streams:
             yield
         finally:
             self.open -= 1
+
+    @property
+    def apart_s(self) -> float:
+        """How long a stream that has sent all there was lets events gather before it sends again.
+
+        A batch costs the event loop about as much whether there is one event in it or twenty. So the more streams
+        there are, the fewer batches each is sent, and all of them together take less than half of the loop.
+        """
+        return min(self.open * _APART_EACH_S, _APART_MOST_S)
 
     def stop(self) -> None:
         """End every stream that waits, and let none begin to wait."""
