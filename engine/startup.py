@@ -135,7 +135,7 @@ class Starter:
     async def _slot(self) -> AsyncIterator[None]:
         """A place among the few that start at once; plugins that hang there delay the others only so long."""
         try:
-            async with asyncio.timeout(_SLOT_WAIT_S):
+            async with asyncio.timeout(_SLOT_WAIT_S):  # `wait_for` would make a task of its own
                 await self._slots.acquire()
         except TimeoutError:
             yield

@@ -231,6 +231,11 @@ class Cursor(AsyncIterator[list[Record]]):
         self._stopped = False
         self._limit = BATCH_LIMIT // 8  # of the next batch from the database: large records are not read in vain
 
+    @property
+    def behind(self) -> bool:
+        """Whether there is more to read now."""
+        return self.position < self._log.durable
+
     def __aiter__(self) -> Cursor:
         return self
 
@@ -239,7 +244,7 @@ class Cursor(AsyncIterator[list[Record]]):
             if (notice := self._log.notice(self.position, self._chosen)) is not None:
                 self.position = notice.sequence
                 return [notice]
-            if self.position < self._log.durable:
+            if self.behind:
                 try:
                     page = await self._page()
                 except LogClosed:

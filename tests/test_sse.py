@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,7 @@ from support import settings_for, until, write_honest
 
 from engine import Engine
 from engine.api.keys import KEEP_ALIVE_S, STALL_S, STREAMS, Streams
+from events.cursor import BATCH_LIMIT
 from events.envelope import PluginLog
 
 JSON = {"Accept": "application/json"}
@@ -294,24 +296,42 @@ async def test_many_readers_see_the_same(plugins: Path, data_dir: Path) -> None:
     assert json.loads(seen[0][0].raw)["sequence"] == before + 1
 
 
-def test_the_more_streams_there_are_the_longer_each_lets_events_gather() -> None:
-    streams = Streams(5000)
+@pytest.mark.parametrize(("streams", "linger_s"), [(1, 0.0001), (1000, 0.1), (5000, 0.1)])
+def test_the_more_streams_there_are_the_longer_each_lets_events_gather(streams: int, linger_s: float) -> None:
+    open_streams = Streams(5000)
     with contextlib.ExitStack() as places:
-        for number in range(1, 5001):
-            places.enter_context(streams.place())
-            assert streams.apart_s == pytest.approx(min(0.1, number / 10_000))
-    assert streams.apart_s == 0
+        for _ in range(streams):
+            places.enter_context(open_streams.place())
+        assert open_streams.linger_s == pytest.approx(linger_s)
+    assert open_streams.linger_s == 0
 
 
-async def test_events_that_gathered_arrive_in_order_and_once(
+async def test_a_stream_lingers_where_it_has_sent_all_there_is_and_not_while_it_replays(
     plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Streams, "apart_s", 0.05)
+    asked: list[int] = []
+
+    def linger_s(streams: Streams) -> float:
+        asked.append(streams.open)
+        return 0.0
+
+    monkeypatch.setattr(Streams, "linger_s", property(linger_s))
     write_lab(plugins)
     async with serving(plugins, data_dir) as lab:
-        after = lab.engine.bus.last
-        reading = asyncio.create_task(read(lab, f"/v1/events?after={after}", 40))
-        for number in range(20):  # each of them two events, in a batch of the log's own
-            await lab.run("echo", text=str(number))
-            assert await asyncio.to_thread(lab.engine.log.flush, 10)
-        assert [event.id for event in await reading] == list(range(after + 1, after + 41))
+        for number in range(3 * BATCH_LIMIT):
+            lab.engine.bus.publish(PluginLog("output", "info", str(number)), "lab")
+        assert await asyncio.to_thread(lab.engine.log.flush, 30)
+        last = lab.engine.bus.last
+        async with lab.http.get("/v1/events?after=0") as response:
+            events = sent_events(response)
+            assert [event.id async for event in first(events, last)] == list(range(1, last + 1))
+            await until(lambda: asked == [1])
+            lab.engine.bus.publish(PluginLog("output", "info", "live"), "lab")
+            assert (await anext(events)).id == last + 1
+            await until(lambda: asked == [1, 1])
+
+
+async def first(events: AsyncIterator[ServerSent], count: int) -> AsyncIterator[ServerSent]:
+    """So many of them."""
+    for _ in range(count):
+        yield await anext(events)

@@ -139,17 +139,19 @@ async def test_a_worker_that_could_not_start_ends_in_peace_once_it_has_said_why(
         assert await worker.exit_code() == 0
 
 
-@pytest.mark.parametrize("started", [False, True], ids=["before its start", "after its start"])
+@pytest.mark.parametrize("when", ["before its start", "instead of go", "after its start"])
 async def test_a_worker_that_is_told_what_no_engine_tells_ends_as_broken_and_says_so(
-    started: bool, plugins: Path, tmp_path: Path
+    when: str, plugins: Path, tmp_path: Path
 ) -> None:
     folder = write_plugin(plugins, "honest", HONEST, ["echo"])
     async with bare_worker(tmp_path / "scratch") as worker:
-        out_of_turn: wire.Message = wire.Call(1, "echo", "json", b"{}")
-        if started:
-            await worker.say(out_of_turn := start_of(folder, worker, "echo"), wire.Go())
+        start, call = start_of(folder, worker, "echo"), wire.Call(1, "echo", "json", b"{}")
+        if when == "after its start":
+            await worker.say(start, wire.Go())
             await worker.hear(wire.Ready)
-        await worker.say(out_of_turn)
+            await worker.say(start)
+        else:
+            await worker.say(*[start] * (when == "instead of go"), call)
         assert await worker.exit_code() == wire.EXIT_BROKEN
         assert b"holdfast worker: ValidationError" in os.read(worker.output, 65536)
 

@@ -114,7 +114,6 @@ async def _stream(request: web.Request, chosen: Filter) -> web.StreamResponse:
 async def _follow(request: web.Request, cursor: Cursor, outlet: Outlet) -> None:
     """Send every batch, until the log or the server ends."""
     streams, keep_alive_s = request.app[STREAMS], request.app[KEEP_ALIVE_S]
-    events_log = request.app[ENGINE].log
     while not streams.stopping:
         try:
             batch = await streams.wait(anext(cursor), keep_alive_s)
@@ -128,8 +127,8 @@ async def _follow(request: web.Request, cursor: Cursor, outlet: Outlet) -> None:
             return
         else:
             await outlet.send(b"".join(map(_event, batch)))
-            if cursor.position >= events_log.durable:
-                await asyncio.sleep(streams.apart_s)
+            if not cursor.behind:  # a replay is not held up
+                await asyncio.sleep(streams.linger_s)
 
 
 def _event(record: Record) -> bytes:

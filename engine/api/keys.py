@@ -40,8 +40,8 @@ class Background:
             await asyncio.wait(self._tasks)
 
 
-_APART_EACH_S = 100e-6  # more than twice what it takes to send a batch
-_APART_MOST_S = 0.1
+_LINGER_EACH_S = 100e-6  # more than twice what it takes to send a batch
+_LINGER_MOST_S = 0.1  # what a person hardly notices
 
 
 class Streams:
@@ -71,13 +71,14 @@ class Streams:
             self.open -= 1
 
     @property
-    def apart_s(self) -> float:
-        """How long a stream that has sent all there was lets events gather before it sends again.
+    def linger_s(self) -> float:
+        """How long a stream of events that has sent all there was waits for more before it sends again.
 
-        A batch costs the event loop about as much whether there is one event in it or twenty. So the more streams
-        there are, the fewer batches each is sent, and all of them together take less than half of the loop.
+        A batch costs the event loop about as much with one event in it as with twenty. So the more streams are
+        open, NDJSON answers included, the fewer batches each is sent: a thousand take less than half of the loop.
+        A server that stops waits for this.
         """
-        return min(self.open * _APART_EACH_S, _APART_MOST_S)
+        return min(self.open * _LINGER_EACH_S, _LINGER_MOST_S)
 
     def stop(self) -> None:
         """End every stream that waits, and let none begin to wait."""

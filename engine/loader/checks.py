@@ -19,10 +19,10 @@ from engine.loader.model_files import check_models
 async def check(manifest: Manifest, folder: Path, gpu: GpuCheck, *, refresh_gpu: bool = False) -> list[Finding]:
     """What the plugin in `folder` needs and this machine lacks, in the table's order; empty if nothing.
 
-    The GPU is looked at only for a plugin that requires one. Files are read in a thread, where any is named.
+    The GPU is looked at only for a plugin that requires one. Files are read in a thread.
     """
     findings = await gpu.findings(refresh=refresh_gpu) if manifest.requires_gpu else []
-    if manifest.packages or manifest.models or manifest.sandbox != Sandbox():
+    if manifest.packages or manifest.models or manifest.sandbox != Sandbox():  # what the thread looks at
         findings += await asyncio.to_thread(_check_files, manifest, folder)
     return in_order(_torch_once(findings))
 

@@ -3,7 +3,7 @@
     engine                                   worker
       ├── Start ──────────────────────────────▶ (waits in the channel)
       │  Fork (fork server) ──────────────────▶ forked, confined
-      │◀───────────────────────────── Hello ────┤ contained
+      │◀───────────────────────────── Hello ────┤ makes its scratch folder, contains itself
       ├── Go ─────────────────────────────────▶ import, __init__, validate
       │◀──────────── Stage… Ready | StartFailed ┤
       ├── Call ───────────────────────────────▶ check arguments, run the tool
@@ -177,8 +177,8 @@ class Worker:
             with theirs, contextlib.ExitStack() as given:
                 try:
                     ours.setblocking(False)
-                    start = memoryview(wire.frame(spec.start))
-                    start = start[ours.send(start) :]
+                    unsent = memoryview(wire.frame(spec.start))
+                    unsent = unsent[ours.send(unsent) :]  # now: the worker need not wait for it
                     output, output_end = _pipe(opened, given, os.O_CLOEXEC)
                     stack, stack_end = _pipe(opened, given, os.O_CLOEXEC | os.O_NONBLOCK)
                     arena_in = arena.create(spec.arena_bytes)
@@ -195,7 +195,7 @@ class Worker:
                     ours.close()
                     raise
             worker = cls(spec, spawned, observer, watch, opened.pop_all())
-        connecting = asyncio.ensure_future(worker._connect(ours, start, output, stack, arena_in, arena_out))
+        connecting = asyncio.ensure_future(worker._connect(ours, unsent, output, stack, arena_in, arena_out))
         try:
             await asyncio.shield(connecting)
         except asyncio.CancelledError:  # from here on somebody has to reap it
@@ -206,16 +206,15 @@ class Worker:
         return worker
 
     async def _connect(
-        self, channel: socket.socket, start: memoryview, output: int, stack: int, arena_in: int, arena_out: int
+        self, channel: socket.socket, unsent: memoryview, output: int, stack: int, arena_in: int, arena_out: int
     ) -> None:
-        """`start` is what did not fit into the channel yet."""
         opened = self._opened
         opened.callback(os.close, self._spawned.pidfd)
         try:
             await self._channel.connect(channel)
             opened.callback(self._channel.close)
-            if start:
-                self._channel.write(start)
+            if unsent:
+                self._channel.write(unsent)
             self._arena_in = arena.Arena(arena_in, writable=True)
             opened.callback(self._arena_in.release)
             results = arena.Arena(arena_out, writable=False)
@@ -240,8 +239,7 @@ class Worker:
         """Hello, Go, Ready, under the start's deadline; or StartFailed."""
         timeout_s = self._spec.start_timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                report = await asyncio.shield(self._started)
+            report = await asyncio.wait_for(asyncio.shield(self._started), timeout_s)
         except TimeoutError:
             self._limit_s = timeout_s
             ended = await self.end(Ending.START_TIMEOUT)

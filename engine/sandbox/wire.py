@@ -1,9 +1,10 @@
 """The wire between the engine and a worker: frames and messages (`values` has what is inside them).
 
 A frame is a 4-byte big-endian length and that many bytes of MessagePack. Messages are tagged arrays, so a
-frame says what it is in its first byte or two; new fields go at the end, with defaults. The worker speaks
-first (`Hello`, with the protocol's version); nothing that comes from a worker is ever unpickled, and anything
-that does not decode as one of `FROM_WORKER` is a protocol breach.
+frame says what it is in its first byte or two; new fields go at the end, with defaults. `Start` is sent before
+there is a worker; the worker's first frame is `Hello`, with the protocol's version, and it touches no plugin
+before `Go`. Nothing that comes from a worker is ever unpickled, and anything that does not decode as one of
+`FROM_WORKER` is a protocol breach.
 
 Both sides import this module and it imports nothing of the engine: a worker must stay small.
 """

@@ -23,7 +23,8 @@ from msgspec import msgpack
 from engine.sandbox import wire
 from engine.worker import confine, failure
 from engine.worker.rejects import doubts
-from engine.worker.tools import BoundTool, ToolInvalid, bind
+from engine.worker.signature import ToolInvalid
+from engine.worker.tools import BoundTool, bind
 
 _SHARED_LIBRARY = re.compile(r"(\S+\.so\S*): cannot open shared object file")
 
@@ -51,7 +52,7 @@ class Context:
         self._send = send
         self.settings: dict[str, Any] = msgpack.decode(start.settings)
 
-    # Made when they are asked for: `pathlib` takes as much of a small worker's memory as its logger.
+    # Made when they are asked for: the logger, or the first path, takes fifty pages of a small worker's memory.
 
     @functools.cached_property
     def log(self) -> logging.Logger:
@@ -80,22 +81,22 @@ class Plugin:
 """
 
 
-class _Called(Exception):
+class _Wanted(Exception):
     """The rehearsal is over: it is time for the start itself."""
 
 
-def rehearsed(called: Callable[[], bool]) -> str:
-    """Rehearse a start until `called`; "", or why that went wrong, which does no harm."""
+def rehearsed(wanted: Callable[[], bool]) -> str:
+    """Rehearse a start until it is `wanted`; "", or why that went wrong, which does no harm."""
 
     def send(message: wire.Message) -> None:
         wire.frame(message)
-        if called():
-            raise _Called
+        if wanted():
+            raise _Wanted
 
     try:
-        if not called():
+        if not wanted():
             _rehearse(send)
-    except _Called:
+    except _Wanted:
         return ""
     except Exception as exc:  # an import hook of somebody's, say
         return f"the rehearsal of a start failed ({failure.type_name(type(exc))}: {failure.message(exc)})"
@@ -111,7 +112,7 @@ def _rehearse(send: Callable[[wire.Message], None]) -> None:
     start = wire.Start("rehearsal", "/", f"{_REHEARSAL}:Plugin", {}, msgpack.encode({}), "/", {"tool": ()}, 0, 0)
     path = sys.path.copy()
     PathFinder.find_spec(_REHEARSAL, ["/"])  # finds nothing
-    sys.path_importer_cache.pop("/", None)
+    sys.path_importer_cache.pop("/", None)  # what was seen there is nobody's
     sys.modules[_REHEARSAL] = module = ModuleType(_REHEARSAL)
     try:
         exec(compile(_REHEARSED, _REHEARSAL, "exec", dont_inherit=True), vars(module))  # noqa: S102 - our own

@@ -34,6 +34,7 @@ _PROGRESS_INTERVAL_S = 0.1  # a tool may report each of a million steps; a perso
 # called again soon after its last answer stays awake for a moment after the next one; others sleep at once.
 _AWAKE_S = 200e-6
 _SOON_S = 1e-3
+_ROUSED_S = 2e-3  # a call is on its way, as soon as its arguments are copied: some 10 MB take that long
 _FIRST_FD = 100  # our descriptors start here, so that a plugin that closes 3 to 99 does not hit them
 
 
@@ -100,7 +101,7 @@ class Channel:
         self._socket.setblocking(True)
         self._lock = threading.Lock()
         self._frames = Frames()
-        self._soon = False  # something came soon, the last time
+        self._awake_s = 0.0  # how long to stay awake for what comes next
         self._answered = 0  # the last call that was
         self._over = False  # nobody hears us any more
         self._forked = False
@@ -150,17 +151,28 @@ class Channel:
             self._frames.came(count)
         return frame
 
+    def outlive(self) -> None:
+        """Take no notice of what still comes: the engine has been told how we failed, and ends us."""
+        while self.receive() is not None:
+            pass
+
     def _wait(self, room: memoryview) -> int:
         """Receive something; the number of bytes."""
         began_s = time.perf_counter()
-        while self._soon and time.perf_counter() - began_s < _AWAKE_S:
+        while time.perf_counter() - began_s < self._awake_s:
             try:
-                return self._socket.recv_into(room, 0, socket.MSG_DONTWAIT)
+                count = self._socket.recv_into(room, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 continue
+            self._awake_s = _AWAKE_S
+            return count
         count = self._socket.recv_into(room)
-        self._soon = time.perf_counter() - began_s < _SOON_S
+        self._awake_s = _AWAKE_S if time.perf_counter() - began_s < _SOON_S else 0.0
         return count
+
+    def stay_awake(self) -> None:
+        """The engine has let us know that a call is on its way."""
+        self._awake_s = _ROUSED_S
 
     def forget(self) -> None:
         """In a forked child of the plugin: it must not speak in the worker's name."""
@@ -189,7 +201,7 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
     channel = Channel(descriptors.channel)
     _watch(descriptors.stack, channel)
     channel.send(wire.Hello(wire.PROTOCOL, os.getpid(), threading.get_ident()))
-    first = channel.receive()  # it has been there since before us
+    first = channel.receive()  # it is there already, or as much of it as the channel takes
     if first is None:
         return 0
     start = wire.start_request.decode(first)
@@ -210,8 +222,7 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
         plugin_tools = load.load(start, channel.send)
     except load.Refused as exc:
         channel.send(exc.report)
-        while channel.receive() is not None:  # the engine ends us, having read the report
-            pass
+        channel.outlive()
         return 0
     caller = Caller(channel, start.folder, plugin_tools, start.max_result_bytes, descriptors)
     channel.send(wire.Ready({name: tool.info for name, tool in plugin_tools.items()}))
@@ -283,8 +294,7 @@ class Caller:
             held = self._lender.held()
             self._channel.answer(_holding(answer, held) if held else answer)
             if isinstance(answer, wire.Failed) and answer.kind not in wire.HARMLESS:
-                while self._channel.receive() is not None:  # the calls behind it are refused; the engine ends us
-                    pass
+                self._channel.outlive()  # the calls behind it are refused
                 return
 
     def _next(self) -> wire.Call | None:
@@ -310,8 +320,11 @@ class Caller:
         if frame is None:
             return None
         message: wire.Call | wire.Taken = wire.from_engine.decode(frame)
-        taken = message.taken if isinstance(message, wire.Call) else message.call_id
-        self._taken = max(self._taken, taken)
+        if isinstance(message, wire.Call):
+            self._taken = max(self._taken, message.taken)
+        else:
+            self._taken = max(self._taken, message.call_id)
+            self._channel.stay_awake()
         return message
 
     def _answer(self, call: wire.Call) -> wire.Result | wire.Failed:

@@ -5,25 +5,21 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import inspect
 import re
 import typing
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path, PurePath
-from types import FunctionType, GenericAlias, MethodType, UnionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType, msgpack
 
 from engine.sandbox import values, wire
+from engine.worker.signature import REQUIRED, ToolInvalid, signature
 
 _PROGRESS = "progress"
-_REQUIRED = object()  # in the place of a default
-_COLLECTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
-_GENERATES = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _BYTES = (bytes, bytearray, memoryview)
 
 
@@ -45,10 +41,6 @@ class BadInput(Exception):
     """The caller's arguments do not fit; the message names the argument, what it wants and what came."""
 
 
-class ToolInvalid(Exception):
-    """The tool's signature cannot be served."""
-
-
 class BoundTool(msgspec.Struct, frozen=True):
     """A tool ready to be called."""
 
@@ -66,17 +58,17 @@ def bind(name: str, method: Callable[..., Any], rejects: tuple[str, ...]) -> Bou
     Raises:
         ToolInvalid: a parameter that no caller could fill, or a type hint that has no schema.
     """
-    parameters, hints, generates = _signature(name, method)
+    parameters, hints, generates = signature(name, method)
     if takes_progress := _PROGRESS in parameters:
         del parameters[_PROGRESS]
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     wanted = {parameter: hints.get(parameter, Any) for parameter in parameters}
     for parameter, hint in wanted.items():
-        if parameters[parameter] is _REQUIRED:
+        if parameters[parameter] is REQUIRED:
             fields.append((parameter, hint))
         else:
             fields.append((parameter, hint | UnsetType if hint is not Any else Any, UNSET))
-    defaults = {parameter: value for parameter, value in parameters.items() if value is not _REQUIRED}
+    defaults = {parameter: value for parameter, value in parameters.items() if value is not REQUIRED}
     arguments = msgspec.defstruct(name, fields, forbid_unknown_fields=True, kw_only=True)
     try:
         schema = _schema(name, wanted, defaults)
@@ -88,72 +80,6 @@ def bind(name: str, method: Callable[..., Any], rejects: tuple[str, ...]) -> Bou
         isinstance(returns, type) and returns.__module__ == "collections.abc" and _is_iterable(returns)
     )
     return BoundTool(name, method, rejects, arguments, wanted, wire.ToolInfo(schema, streams, takes_progress))
-
-
-class _Signature(NamedTuple):
-    parameters: dict[str, Any]  # in their order, each with its default, or `_REQUIRED`
-    hints: dict[str, Any]
-    generates: bool  # it is written as a generator
-
-
-def _signature(name: str, method: Callable[..., Any]) -> _Signature:
-    """What there is to know of a tool before it is called. Raises ToolInvalid.
-
-    Of a plain method, which nearly all are, the code object says it. `inspect` and `typing` find out the same, and
-    for it write to a hundred pages of memory that a worker would share otherwise.
-    """
-    plain = _plain(method)
-    if plain is None:
-        generates = inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method)
-        return _Signature(_parameters(name, method), _hints(name, method), generates)
-    hints = plain.__annotations__
-    if not all(map(_is_resolved, hints.values())):
-        hints = _hints(name, method)
-    return _Signature(_plain_parameters(plain), hints, bool(plain.__code__.co_flags & _GENERATES))
-
-
-def _plain(method: Callable[..., Any]) -> FunctionType | None:
-    """The function of a method that is neither decorated nor takes anything that cannot be named."""
-    function = getattr(method, "__func__", None)
-    if type(method) is not MethodType or type(function) is not FunctionType or vars(function):
-        return None
-    code = function.__code__
-    return function if code.co_argcount and not (code.co_posonlyargcount or code.co_flags & _COLLECTS) else None
-
-
-def _plain_parameters(function: FunctionType) -> dict[str, Any]:
-    """Those after `self`."""
-    code, given = function.__code__, function.__defaults__ or ()
-    defaults = dict(zip(code.co_varnames[code.co_argcount - len(given) : code.co_argcount], given, strict=True))
-    defaults.update(function.__kwdefaults__ or {})
-    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-    return {name: defaults.get(name, _REQUIRED) for name in names}
-
-
-def _parameters(name: str, method: Callable[..., Any]) -> dict[str, Any]:
-    """Those of anything that can be called. Raises ToolInvalid."""
-    found = {}
-    for parameter in inspect.signature(method).parameters.values():
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise ToolInvalid(f"`{name}` takes `{parameter}`; a tool's parameters are passed by name")
-        found[parameter.name] = _REQUIRED if parameter.default is parameter.empty else parameter.default
-    return found
-
-
-def _hints(name: str, method: Callable[..., Any]) -> dict[str, Any]:
-    """The type hints, of which any may be a text that names a type. Raises ToolInvalid."""
-    try:
-        return typing.get_type_hints(method)
-    except Exception as exc:  # any expression may stand in a hint
-        raise ToolInvalid(f"the type hints of `{name}` do not resolve: {exc}") from None
-
-
-def _is_resolved(hint: Any) -> bool:
-    """Whether a hint is a class, or made of nothing but classes."""
-    kind = type(hint)
-    if kind in (GenericAlias, UnionType):
-        return all(map(_is_resolved, hint.__args__))
-    return kind is type or hint is None or hint is Any
 
 
 def _is_iterable(kind: type) -> bool:

@@ -25,6 +25,7 @@ TESTS = (
         "reasons",
         "sandbox",
         "spare",
+        "tool_signatures",
         "verdict",
         "verdict_start",
         "verdict_worker",
