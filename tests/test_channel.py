@@ -38,7 +38,26 @@ async def connected(
 ) -> Channel:
     channel = Channel(on_message, on_lost)
     await channel.connect(end)
+    channel.hear()
     return channel
+
+
+async def test_a_channel_hands_on_nothing_before_it_is_to_hear() -> None:
+    heard: asyncio.Queue[Any] = asyncio.Queue()
+    ours, theirs = socket.socketpair()
+    channel = Channel(heard.put_nowait, lambda _: None)
+    with theirs:
+        theirs.sendall(wire.frame(wire.Began(1)))
+        await channel.connect(ours)
+        # The other direction has gone round the loop meanwhile, and what came before it was read.
+        channel.send(wire.Began(2))
+        assert await asyncio.to_thread(theirs.recv, 64)
+        assert heard.empty()
+        channel.hear()
+        assert heard.get_nowait() == wire.Began(1)
+        theirs.sendall(wire.frame(wire.Began(3)))
+        assert await asyncio.wait_for(heard.get(), 10) == wire.Began(3)
+        channel.close()
 
 
 async def test_a_channel_whose_other_end_closed_takes_everything_and_does_nothing() -> None:
@@ -194,7 +213,25 @@ async def test_a_stack_that_was_cut_off_by_the_end_of_its_worker_is_not_waited_f
         assert not await pipe.arrived()
         assert pipe.text().startswith("Current thread")
     finally:
-        os.close(reading)
+        pipe.close()
+
+
+async def test_a_stack_pipe_that_is_closed_is_not_waited_for_and_not_read() -> None:
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    pipe = StackPipe(reading)
+    os.write(writing, b"Fatal Python error")
+    assert pipe.text() == "Fatal Python error"
+    waiting = asyncio.create_task(pipe.arrived())
+    await asyncio.sleep(0)
+    os.write(writing, b": more")
+    pipe.close()
+    assert os.dup2(writing, reading) == reading  # the number is another one's now
+    assert not await waiting
+    assert not await pipe.arrived()
+    assert pipe.text() == "Fatal Python error"
+    assert not asyncio.get_running_loop().remove_reader(reading)
+    os.close(reading)
+    os.close(writing)
 
 
 # Arguments in flight.

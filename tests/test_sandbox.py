@@ -10,11 +10,14 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support import FINDS_ITS_CHANNEL, feed, hosting, until, write_honest, write_plugin
@@ -335,7 +338,18 @@ async def log_lines(engine: Any) -> list[PluginLog]:
     return lines
 
 
-async def test_settings_larger_than_the_channel_takes_at_once_arrive_whole(plugins: Path, data_dir: Path) -> None:
+@pytest.mark.parametrize("loop", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_settings_larger_than_the_channel_takes_at_once_arrive_whole(
+    loop: Callable[[Coroutine[Any, Any, None]], None], plugins: Path, data_dir: Path
+) -> None:
+    loop(_large_settings(plugins, data_dir))
+
+
+# libuv makes a pipe for signals, once for a process.
+uvloop.new_event_loop().close()
+
+
+async def _large_settings(plugins: Path, data_dir: Path) -> None:
     code = """
         class Plugin:
             def __init__(self, context): self.texts = context.settings["texts"]
@@ -345,7 +359,18 @@ async def test_settings_larger_than_the_channel_takes_at_once_arrive_whole(plugi
     texts = ["x" * 100_000] * 9  # a manifest may have a MiB
     write_plugin(plugins, "wordy", code, ["work"], head=f"[settings]\ntexts = {texts!r}")
     async with hosting(plugins, data_dir) as engine:
+        busy = asyncio.create_task(_busy())
+        for _ in range(4):
+            assert (await engine.restart("wordy")).state == "INITIALIZED"
         assert (await engine.run("wordy", "work")).value == [100_000] * 9
+        busy.cancel()
+
+
+async def _busy() -> None:
+    """Each turn of the loop takes a while, in which a worker may say much."""
+    while True:
+        time.sleep(0.002)  # noqa: ASYNC251
+        await asyncio.sleep(0)
 
 
 # The channel.

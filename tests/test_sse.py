@@ -198,13 +198,18 @@ async def test_an_idle_stream_shows_signs_of_life(plugins: Path, data_dir: Path)
 
 
 @pytest.mark.contract(9)
-async def test_stopping_the_engine_ends_streams_after_the_last_event(plugins: Path, data_dir: Path) -> None:
+@pytest.mark.parametrize("linger_s", [0.0, 0.3])
+async def test_stopping_the_engine_ends_streams_after_the_last_event(
+    linger_s: float, plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Streams, "linger_s", linger_s)
     write_lab(plugins)
     engine = Engine(settings_for(plugins, data_dir))
     async with engine, client_of(engine) as http, http.get("/v1/events?after=0") as response:
         stream = sent_events(response)
         assert (await anext(stream)).id == 1
         await engine.close()
+        http.app[STREAMS].stop()
         seen = [event.event async for event in stream]  # ends by itself, and cleanly
         assert "holdfast.engine.stopping" in seen
         assert seen[-1] == "holdfast.worker.exited"

@@ -18,6 +18,9 @@ import collections.abc, enum, functools, pathlib, typing
 import numpy
 from numpy.typing import NDArray
 
+class Alias:
+    __origin__ = collections.abc.Iterator
+
 class Colour(enum.Enum):
     RED = "red"
 
@@ -43,6 +46,12 @@ class Plugin:
     def generator(self, a: int) -> typing.Any: yield a
     async def coroutine(self, a: int) -> int: return a
     async def async_generator(self, a: int): yield a
+    def takes_progress(self, a: int, **progress): ...
+    def patched(self, a: int, *, b: int) -> int: ...
+    patched.__kwdefaults__ = {"a": 1, "b": 2}
+    def overfull(self, a: int) -> int: ...
+    overfull.__defaults__ = (1, 2, 3)
+    def seems_to_stream(self, a: int) -> Alias: ...
     def iterates(self, a: int) -> collections.abc.Iterable[int]: ...
     def unsubscripted(self, a: int) -> typing.Iterator: ...
     @twice

@@ -237,6 +237,7 @@ async def test_a_greeting_that_the_engine_fails_on_leaves_no_worker_and_does_not
 
     write_honest(plugins)
     async with Engine(settings_for(plugins, data_dir)) as engine:
+        await until(lambda: len(spares()) == 1)  # a moment ago it bore its parent's name
         before, processes = held(), descendants() - spares()
         with monkeypatch.context() as patch:
             patch.setattr(shm, "of", unable)
@@ -491,6 +492,7 @@ async def test_a_worker_that_cannot_be_connected_is_ended_and_leaves_nothing(
 ) -> None:
     write_honest(plugins)
     async with Engine(settings_for(plugins, data_dir)) as engine:
+        await until(lambda: len(spares()) == 1)  # a moment ago it bore its parent's name
         before, processes = held(), descendants() - spares()
         owner: Any = asyncio.get_running_loop() if unable != "watch" else MemoryWatch
         name = unable if unable != "watch" else "add"
@@ -526,6 +528,21 @@ async def test_a_worker_that_dies_while_its_shared_memory_is_opened_leaves_no_de
             assert (await engine.restart("honest")).reason_code == "killed_externally"
         assert (await engine.restart("honest")).state == "INITIALIZED"
         await until(lambda: held() == before)  # the watch looks into a file of a process now and then
+
+
+async def test_a_worker_that_is_being_ended_is_not_told_to_go(
+    plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(_pid: int) -> None:
+        raise AssertionError("it was looked at")
+
+    write_honest(plugins)
+    async with hosting(plugins, data_dir) as engine:
+        worker = only_worker(engine, "honest")
+        monkeypatch.setattr(shm, "of", never)
+        worker._ending = Ending.STOP
+        worker._on_hello(wire.Hello(wire.PROTOCOL, worker.pid, 1))
+        worker._ending = None
 
 
 @pytest.mark.contract(6)

@@ -185,8 +185,11 @@ def test_a_worker_whose_fork_server_died_before_it_was_bound_to_it_does_not_begi
 
 async def test_a_plugin_is_given_what_the_engine_has_sent(plugins: Path, tmp_path: Path) -> None:
     code = """
+    import copy
     class Plugin:
-        def __init__(self, context): self.context = context
+        def __init__(self, context):
+            context.log.info("a copy is as good")
+            self.context = copy.deepcopy(context)
         def validate(self): pass
         def work(self) -> list:
             given = self.context

@@ -112,9 +112,14 @@ async def _stream(request: web.Request, chosen: Filter) -> web.StreamResponse:
 
 
 async def _follow(request: web.Request, cursor: Cursor, outlet: Outlet) -> None:
-    """Send every batch, until the log or the server ends."""
+    """Send every batch, until the log ends, or the server: then up to what was durable."""
     streams, keep_alive_s = request.app[STREAMS], request.app[KEEP_ALIVE_S]
-    while not streams.stopping:
+    end: int | None = None
+    while True:
+        if streams.stopping:
+            end = request.app[ENGINE].log.durable if end is None else end
+            if cursor.position >= end:
+                return
         try:
             batch = await streams.wait(anext(cursor), keep_alive_s)
         except StopAsyncIteration:

@@ -31,11 +31,16 @@ class Channel(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._frames = Frames()
         self._soon: list[bytes] = []
+        self._heard = True
         self.paused = False
         self.ended = asyncio.Event()  # nothing more will come
 
     async def connect(self, end: socket.socket) -> None:
-        """Go over this socket, which is the channel's from now on. Raises OSError."""
+        """Go over this socket, which is the channel's from now on; nothing is handed on before `hear`.
+
+        A loop may read before whoever waits here goes on: uvloop does. Raises OSError.
+        """
+        self._heard = False
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=end)
         except BaseException:
@@ -46,6 +51,11 @@ class Channel(asyncio.BufferedProtocol):
         """The transport is ours."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but inheritance
 
+    def hear(self) -> None:
+        """Hand on what has come, and from now on what comes."""
+        self._heard = True
+        self._deliver()
+
     def get_buffer(self, _sizehint: int) -> memoryview:
         """Where the transport puts what comes."""
         return self._frames.room()
@@ -53,6 +63,10 @@ class Channel(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Deliver every whole frame; keep the rest."""
         self._frames.came(nbytes)
+        if self._heard:
+            self._deliver()
+
+    def _deliver(self) -> None:
         try:
             while self._on_lost is not None and (frame := self._frames.take()) is not None:
                 self._on_message(wire.from_worker.decode(frame))

@@ -106,6 +106,7 @@ class Worker:
         spawned: Spawned,
         observer: Observer,
         watch: MemoryWatch,
+        stack: StackPipe,
         opened: contextlib.ExitStack,
     ) -> None:
         self.pid = spawned.pid
@@ -126,6 +127,7 @@ class Worker:
         self._spawned = spawned
         self._observer = observer
         self._watch = watch
+        self._stack = stack
         self._opened = opened  # all that has to be closed in the end
         self._loop = asyncio.get_running_loop()
         self._channel = Channel(self._on_message, self._on_channel_lost)
@@ -179,8 +181,11 @@ class Worker:
                     ours.setblocking(False)
                     unsent = memoryview(wire.frame(spec.start))
                     unsent = unsent[ours.send(unsent) :]  # now: the worker need not wait for it
-                    output, output_end = _pipe(opened, given, os.O_CLOEXEC)
-                    stack, stack_end = _pipe(opened, given, os.O_CLOEXEC | os.O_NONBLOCK)
+                    output, output_end = _pipe(given, os.O_CLOEXEC)
+                    opened.callback(os.close, output)
+                    stack_fd, stack_end = _pipe(given, os.O_CLOEXEC | os.O_NONBLOCK)
+                    stack = StackPipe(stack_fd)
+                    opened.callback(stack.close)
                     arena_in = arena.create(spec.arena_bytes)
                     opened.callback(os.close, arena_in)
                     arena_out = arena.create(spec.start.max_result_bytes)
@@ -194,8 +199,8 @@ class Worker:
                 except BaseException:
                     ours.close()
                     raise
-            worker = cls(spec, spawned, observer, watch, opened.pop_all())
-        connecting = asyncio.ensure_future(worker._connect(ours, unsent, output, stack, arena_in, arena_out))
+            worker = cls(spec, spawned, observer, watch, stack, opened.pop_all())
+        connecting = asyncio.ensure_future(worker._connect(ours, unsent, output, arena_in, arena_out))
         try:
             await asyncio.shield(connecting)
         except asyncio.CancelledError:  # from here on somebody has to reap it
@@ -206,7 +211,7 @@ class Worker:
         return worker
 
     async def _connect(
-        self, channel: socket.socket, unsent: memoryview, output: int, stack: int, arena_in: int, arena_out: int
+        self, channel: socket.socket, unsent: memoryview, output: int, arena_in: int, arena_out: int
     ) -> None:
         opened = self._opened
         opened.callback(os.close, self._spawned.pidfd)
@@ -220,7 +225,6 @@ class Worker:
             results = arena.Arena(arena_out, writable=False)
             opened.callback(results.release)
             self._calls = Calls(self, self._channel, self._arena_in, results)
-            self._stack = StackPipe(stack)
             self._output = Output(output, self._on_output, self._spec.log_lines_per_s)
             opened.callback(self._output.close)
             self._loop.add_reader(self._spawned.pidfd, self._died.set)
@@ -229,11 +233,12 @@ class Worker:
             opened.callback(self._watch.discard, self)
         except BaseException:  # nobody would end it, and the fork server collects it
             self._signal(signal.SIGKILL)
-            opened.close()
+            self._release()
             raise
         self._observer.worker_started(self.pid)
         self._spawned.status.add_done_callback(self._on_status)
         self._own(self._reap())
+        self._channel.hear()
 
     async def _bring_up(self) -> None:
         """Hello, Go, Ready, under the start's deadline; or StartFailed."""
@@ -322,7 +327,7 @@ class Worker:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._dead), self._spec.stop_grace_s)
                 return
-        if self._ending in (Ending.TIMEOUT, Ending.START_TIMEOUT):
+        if self._ending in (Ending.TIMEOUT, Ending.START_TIMEOUT) and not self.gone:
             self._signal(wire.DUMP_SIGNAL)
             try:
                 if not await self._stack.arrived():
@@ -517,6 +522,8 @@ class Worker:
             raise ProtocolBreach(f"it speaks protocol {hello.protocol}, the engine {wire.PROTOCOL}")
         self._greeted = True
         self._main_thread = hello.main_thread
+        if self._ending is not None:
+            return
         try:
             self.shm_fd = shm.of(self.pid)  # before the plugin is touched
             self._channel.send(wire.Go())
@@ -552,9 +559,9 @@ class Worker:
             self._observer.fault("worker", exc)
 
 
-def _pipe(ours: contextlib.ExitStack, theirs: contextlib.ExitStack, flags: int) -> tuple[int, int]:
+def _pipe(theirs: contextlib.ExitStack, flags: int) -> tuple[int, int]:
+    """The reading end, whose caller closes it, and the other one."""
     reading, writing = os.pipe2(flags)
-    ours.callback(os.close, reading)
     theirs.callback(os.close, writing)
     return reading, writing
 

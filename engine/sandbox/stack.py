@@ -15,29 +15,43 @@ class StackPipe:
     """Reads what faulthandler writes, without ever blocking.
 
     Args:
-        fd: the reading end, non-blocking.
+        fd: the reading end, non-blocking; the pipe's from now on.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._stack = b""
+        self._readable = asyncio.Event()
+        self._waited_for = False
+
+    def close(self) -> None:
+        """Read nothing more: the number may be another descriptor's soon. Who waits learns that nothing came."""
+        fd, self._fd = self._fd, -1
+        if self._waited_for:
+            asyncio.get_running_loop().remove_reader(fd)
+            self._readable.set()
+        os.close(fd)
 
     async def arrived(self) -> bool:
         """Wait for a dump that was asked for, even from inside C code. False where it does not come whole."""
+        if self._fd < 0:
+            return False
         loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
-        loop.add_reader(self._fd, readable.set)
+        loop.add_reader(self._fd, self._readable.set)
+        self._waited_for = True
         try:
             async with asyncio.timeout(_WAIT_S):
                 while not stack_is_whole(self._stack):
-                    readable.clear()
-                    await readable.wait()
+                    self._readable.clear()
+                    await self._readable.wait()
                     if not self._read():
                         return False
         except TimeoutError:
             return False
         finally:
-            loop.remove_reader(self._fd)
+            self._waited_for = False
+            if self._fd >= 0:
+                loop.remove_reader(self._fd)
         return True
 
     def text(self) -> str:
@@ -47,6 +61,8 @@ class StackPipe:
 
     def _read(self) -> bool:
         """False once nothing more can come."""
+        if self._fd < 0:
+            return False
         try:
             chunk = os.read(self._fd, _BYTES)
         except BlockingIOError:

@@ -49,7 +49,9 @@ class Context:
 
     def __init__(self, start: wire.Start, send: Callable[[wire.Message], None]) -> None:
         self._start = start
-        self._send = send
+        self._send = lambda message: send(
+            message
+        )  # not a method, of which a copy of the plugin would copy the owner
         self.settings: dict[str, Any] = msgpack.decode(start.settings)
 
     # Made when they are asked for: the logger, or the first path, takes fifty pages of a small worker's memory.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import FunctionType, GenericAlias, MethodType, NoneType, UnionType
 from typing import Any, NamedTuple
 
+PROGRESS = "progress"  # the parameter that no caller gives
 REQUIRED = inspect.Parameter.empty  # in the place of a default
 _COLLECTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 _GENERATES = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -49,24 +50,27 @@ def _plain(method: Callable[..., Any]) -> FunctionType | None:
     """The function of a method that is neither decorated nor takes anything that cannot be named."""
     if type(method) is not MethodType or type(function := method.__func__) is not FunctionType or vars(function):
         return None
-    code = function.__code__
-    return function if code.co_argcount and not (code.co_posonlyargcount or code.co_flags & _COLLECTS) else None
+    code, given = function.__code__, function.__defaults__ or ()
+    named = code.co_argcount and not (code.co_posonlyargcount or code.co_flags & _COLLECTS)
+    return function if named and len(given) < code.co_argcount else None
 
 
 def _plain_parameters(function: FunctionType) -> dict[str, Any]:
     """Those after `self`."""
     code, given = function.__code__, function.__defaults__ or ()
-    defaults = dict(zip(code.co_varnames[code.co_argcount - len(given) : code.co_argcount], given, strict=True))
-    defaults.update(function.__kwdefaults__ or {})
-    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-    return {name: defaults.get(name, REQUIRED) for name in names}
+    positional = code.co_varnames[1 : code.co_argcount]
+    by_name = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+    kept = function.__kwdefaults__ or {}
+    required = [REQUIRED] * (len(positional) - len(given))
+    return dict(zip(positional, [*required, *given], strict=True)) | {n: kept.get(n, REQUIRED) for n in by_name}
 
 
 def _parameters(name: str, method: Callable[..., Any]) -> dict[str, Any]:
     """Those of anything that can be called. Raises ToolInvalid."""
     found = {}
     for parameter in inspect.signature(method).parameters.values():
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+        by_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if not by_name and parameter.name != PROGRESS:
             raise ToolInvalid(f"`{name}` takes `{parameter}`; a tool's parameters are passed by name")
         found[parameter.name] = parameter.default
     return found

@@ -17,9 +17,8 @@ import msgspec
 from msgspec import UNSET, UnsetType, msgpack
 
 from engine.sandbox import values, wire
-from engine.worker.signature import REQUIRED, ToolInvalid, signature
+from engine.worker.signature import PROGRESS, REQUIRED, ToolInvalid, signature
 
-_PROGRESS = "progress"
 _BYTES = (bytes, bytearray, memoryview)
 
 
@@ -59,8 +58,8 @@ def bind(name: str, method: Callable[..., Any], rejects: tuple[str, ...]) -> Bou
         ToolInvalid: a parameter that no caller could fill, or a type hint that has no schema.
     """
     parameters, hints, generates = signature(name, method)
-    if takes_progress := _PROGRESS in parameters:
-        del parameters[_PROGRESS]
+    if takes_progress := PROGRESS in parameters:
+        del parameters[PROGRESS]
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     wanted = {parameter: hints.get(parameter, Any) for parameter in parameters}
     for parameter, hint in wanted.items():
@@ -75,7 +74,8 @@ def bind(name: str, method: Callable[..., Any], rejects: tuple[str, ...]) -> Bou
     except (TypeError, ValueError) as exc:
         raise ToolInvalid(f"a type hint of `{name}` has no JSON Schema: {exc}") from None
     returns = hints.get("return")
-    returns = getattr(returns, "__origin__", returns)
+    if not isinstance(returns, type):
+        returns = typing.get_origin(returns)
     streams = generates or (
         isinstance(returns, type) and returns.__module__ == "collections.abc" and _is_iterable(returns)
     )
