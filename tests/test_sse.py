@@ -215,11 +215,17 @@ async def test_stopping_the_engine_ends_streams_after_the_last_event(
         assert seen[-1] == "holdfast.worker.exited"
 
 
-async def test_stopping_the_server_ends_streams_of_an_engine_that_goes_on(plugins: Path, data_dir: Path) -> None:
+@pytest.mark.parametrize("chosen", ["", "&type=engine.started"])
+async def test_stopping_the_server_ends_streams_of_an_engine_that_goes_on(
+    chosen: str, plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Streams, "linger_s", 0.3)
     write_honest(plugins)
-    async with serving(plugins, data_dir) as lab, lab.http.get("/v1/events?after=0") as response:
+    async with serving(plugins, data_dir) as lab, lab.http.get(f"/v1/events?after=0{chosen}") as response:
         stream = sent_events(response)
         assert (await anext(stream)).id == 1
+        lab.engine.bus.publish(PluginLog("output", "info", "while it lingers"), "honest")
+        assert await asyncio.to_thread(lab.engine.log.flush, 10)
         lab.http.app[STREAMS].stop()
         async for _ in stream:
             pass

@@ -11,6 +11,7 @@ misses nothing and gets nothing twice.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -34,6 +35,7 @@ DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
 _RETRY = b"retry: 1000\n\n"  # milliseconds until a reader that lost its connection comes back
 _KEEP_ALIVE = b": keep-alive\n\n"
+_LAST_S = 1.0  # for the last events to be read, once the server stops
 _MAX_DIGITS = 18  # of a number in a query: all of SQLite's fit
 
 
@@ -112,19 +114,20 @@ async def _stream(request: web.Request, chosen: Filter) -> web.StreamResponse:
 
 
 async def _follow(request: web.Request, cursor: Cursor, outlet: Outlet) -> None:
-    """Send every batch, until the log ends, or the server: then up to what was durable."""
-    streams, keep_alive_s = request.app[STREAMS], request.app[KEEP_ALIVE_S]
-    end: int | None = None
-    while True:
-        if streams.stopping:
-            end = request.app[ENGINE].log.durable if end is None else end
-            if cursor.position >= end:
-                return
+    """Send every batch, until the log ends, or the server: then what is durable by that time."""
+    streams, patience_s = request.app[STREAMS], request.app[KEEP_ALIVE_S]
+    end = math.inf
+    while cursor.position < end:
+        if streams.stopping and end == math.inf:
+            end, patience_s = request.app[ENGINE].log.durable, _LAST_S
+            continue
         try:
-            batch = await streams.wait(anext(cursor), keep_alive_s)
+            batch = await streams.wait(anext(cursor), patience_s)
         except StopAsyncIteration:
             return
         except TimeoutError:
+            if end < math.inf:  # what is left passes no filter of this reader's
+                return
             if not streams.stopping:
                 await outlet.send(_KEEP_ALIVE)
         except (LogUnavailable, CorruptLog) as exc:  # the reader comes back, by number, and misses nothing
