@@ -26,18 +26,21 @@ class StackPipe:
 
     def close(self) -> None:
         """Read nothing more: the number may be another descriptor's soon. Who waits learns that nothing came."""
+        self._wait_no_more()
         fd, self._fd = self._fd, -1
-        if self._waited_for:
-            asyncio.get_running_loop().remove_reader(fd)
-            self._readable.set()
         os.close(fd)
+        self._readable.set()
+
+    def _wait_no_more(self) -> None:
+        if self._waited_for:
+            self._waited_for = False
+            asyncio.get_running_loop().remove_reader(self._fd)
 
     async def arrived(self) -> bool:
         """Wait for a dump that was asked for, even from inside C code. False where it does not come whole."""
         if self._fd < 0:
             return False
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._fd, self._readable.set)
+        asyncio.get_running_loop().add_reader(self._fd, self._readable.set)
         self._waited_for = True
         try:
             async with asyncio.timeout(_WAIT_S):
@@ -49,9 +52,7 @@ class StackPipe:
         except TimeoutError:
             return False
         finally:
-            self._waited_for = False
-            if self._fd >= 0:
-                loop.remove_reader(self._fd)
+            self._wait_no_more()
         return True
 
     def text(self) -> str:
