@@ -77,6 +77,7 @@ async def test_a_channel_whose_other_end_closed_takes_everything_and_does_nothin
 async def test_a_channel_that_is_closed_before_it_is_connected_takes_everything_and_does_nothing() -> None:
     lost: list[str | None] = []
     channel = Channel(lambda _: None, lost.append)
+    channel.hear()
     channel.send(wire.Began(1))
     channel.pause()
     channel.resume()

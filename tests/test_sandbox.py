@@ -412,6 +412,7 @@ def test_no_bytes_from_a_worker_break_the_engines_end_of_the_channel(frames: lis
     lost: list[str | None] = []
     messages: list[Any] = []
     channel = Channel(messages.append, lost.append)
+    channel.hear()
     stream = b"".join(frames)
     for at in range(0, len(stream), size if len(stream) < 10_000 else 4096):
         feed(channel, stream[at : at + (size if len(stream) < 10_000 else 4096)])
@@ -429,6 +430,7 @@ def test_messages_arrive_whole_and_in_order_however_the_bytes_are_cut(messages: 
     stream = b"".join(wire.frame(message) for message in messages)
     arrived: list[bytes] = []
     channel = Channel(lambda message: arrived.append(wire.frame(message)), lambda _breach: None)
+    channel.hear()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=6)))
     for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         feed(channel, stream[start:end])
@@ -442,6 +444,7 @@ def test_a_breach_is_told_once_and_ends_the_channel() -> None:
         raise ProtocolBreach("not now")
 
     channel = Channel(refuse, lost.append)
+    channel.hear()
     frame = wire.frame(wire.Began(1))
     feed(channel, frame + frame)
     feed(channel, frame)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from msgspec import msgpack
 from support import HONEST, descendants, hosting, next_event, open_descriptors, until, write_honest, write_plugin
-from zoo import fork_server, name_of, spares
+from zoo import fork_server, name_of, the_spare
 
 from engine import Engine
 from engine.sandbox import wire
@@ -53,13 +53,6 @@ def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In workers, before all else."""
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths).rstrip(os.pathsep))
-
-
-async def the_spare() -> int:
-    """It comes when the fork server has nothing else to do."""
-    await until(lambda: len(spares()) == 1)
-    (spare,) = spares()
-    return spare
 
 
 async def test_the_next_start_takes_the_spare_and_another_one_comes(plugins: Path, data_dir: Path) -> None:

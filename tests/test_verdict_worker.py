@@ -23,7 +23,7 @@ from support import (
     write_honest,
     write_plugin,
 )
-from zoo import fork_server, next_state, spares
+from zoo import fork_server, next_state, spares, the_spare
 
 from engine import Engine
 from engine.outcome import Broke, Refused
@@ -237,7 +237,7 @@ async def test_a_greeting_that_the_engine_fails_on_leaves_no_worker_and_does_not
 
     write_honest(plugins)
     async with Engine(settings_for(plugins, data_dir)) as engine:
-        await until(lambda: len(spares()) == 1)  # a moment ago it bore its parent's name
+        await the_spare()  # a moment ago it bore its parent's name
         before, processes = held(), descendants() - spares()
         with monkeypatch.context() as patch:
             patch.setattr(shm, "of", unable)
@@ -492,7 +492,7 @@ async def test_a_worker_that_cannot_be_connected_is_ended_and_leaves_nothing(
 ) -> None:
     write_honest(plugins)
     async with Engine(settings_for(plugins, data_dir)) as engine:
-        await until(lambda: len(spares()) == 1)  # a moment ago it bore its parent's name
+        await the_spare()  # a moment ago it bore its parent's name
         before, processes = held(), descendants() - spares()
         owner: Any = asyncio.get_running_loop() if unable != "watch" else MemoryWatch
         name = unable if unable != "watch" else "add"

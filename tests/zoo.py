@@ -235,6 +235,13 @@ def spares() -> set[int]:
     return {pid for pid in descendants() if name_of(pid) == "holdfast-spare"}
 
 
+async def the_spare() -> int:
+    """The one, which comes when the fork server has nothing else to do, under its own name."""
+    await until(lambda: len(spares()) == 1)
+    (spare,) = spares()
+    return spare
+
+
 def name_of(pid: int) -> str:
     """A process's name, as `ps` shows it; "" of one that is gone."""
     try:

@@ -31,7 +31,7 @@ class Channel(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._frames = Frames()
         self._soon: list[bytes] = []
-        self._heard = True
+        self._heard = False
         self.paused = False
         self.ended = asyncio.Event()  # nothing more will come
 
@@ -40,7 +40,6 @@ class Channel(asyncio.BufferedProtocol):
 
         A loop may read before whoever waits here goes on: uvloop does. Raises OSError.
         """
-        self._heard = False
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=end)
         except BaseException:

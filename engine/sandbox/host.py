@@ -327,7 +327,7 @@ class Worker:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._dead), self._spec.stop_grace_s)
                 return
-        if self._ending in (Ending.TIMEOUT, Ending.START_TIMEOUT) and not self.gone:
+        if self._ending in (Ending.TIMEOUT, Ending.START_TIMEOUT):
             self._signal(wire.DUMP_SIGNAL)
             try:
                 if not await self._stack.arrived():

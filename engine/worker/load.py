@@ -49,9 +49,8 @@ class Context:
 
     def __init__(self, start: wire.Start, send: Callable[[wire.Message], None]) -> None:
         self._start = start
-        self._send = lambda message: send(
-            message
-        )  # not a method, of which a copy of the plugin would copy the owner
+        # Not `send` itself: a plugin that copies what it was given would copy the channel, whose method that is.
+        self._send = lambda message: send(message)
         self.settings: dict[str, Any] = msgpack.decode(start.settings)
 
     # Made when they are asked for: the logger, or the first path, takes fifty pages of a small worker's memory.
