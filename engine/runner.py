@@ -88,16 +88,16 @@ class ToolRunner:
     def _own_fault(self, call: Call, exc: Exception) -> Refused:
         self._on_fault("runner", exc)
         text = f"the engine itself failed on this call ({type(exc).__name__}); see its log, call again"
-        return _refused(call, ReasonCode.ENGINE_FAULT, "EngineFault", text)
+        return _refused(call.request_id, ReasonCode.ENGINE_FAULT, "EngineFault", text)
 
     def refusal(self, plugin: str, tool: str, request_id: str) -> Refused | None:
         """Why a call would be refused now, whatever its arguments; None where it would be admitted."""
-        admitted = self._admit(Call(plugin, tool, {}, request_id, Collected(0), None))
+        admitted = self._admit(plugin, tool, request_id)
         return admitted if isinstance(admitted, Refused) else None
 
     def _submit(self, call: Call) -> Refused | None:
         """Get it a worker, or a place in the queue. Returns why there is none."""
-        admitted = self._admit(call)
+        admitted = self._admit(call.plugin, call.tool, call.request_id)
         if isinstance(admitted, Refused):
             return admitted
         incarnation, manifest, pool = admitted
@@ -108,7 +108,7 @@ class ToolRunner:
         except QueueFull:
             self._forget(call)
             text = f"`{call.plugin}` is busy and {pool.waiting} calls wait already; call again later"
-            return _refused(call, ReasonCode.QUEUE_FULL, "QueueFull", text, incarnation.status.state)
+            return _refused(call.request_id, ReasonCode.QUEUE_FULL, "QueueFull", text, incarnation.status.state)
         except PoolClosed as exc:
             self._forget(call)
             return _turned_away(call, exc.cause)
@@ -135,27 +135,27 @@ class ToolRunner:
         if self._stopping and not self._calls:
             self._drained.set()
 
-    def _admit(self, call: Call) -> tuple[Incarnation, Manifest, Pool] | Refused:
+    def _admit(self, plugin: str, tool: str, request_id: str) -> tuple[Incarnation, Manifest, Pool] | Refused:
         """Known? In service?"""
         try:
-            incarnation = self._registry.get(call.plugin)
+            incarnation = self._registry.get(plugin)
         except UnknownPlugin as exc:
-            return _refused(call, ReasonCode.UNKNOWN_PLUGIN, "UnknownPlugin", str(exc))
+            return _refused(request_id, ReasonCode.UNKNOWN_PLUGIN, "UnknownPlugin", str(exc))
         state, manifest, pool = incarnation.status.state, incarnation.manifest, incarnation.pool
-        if manifest is not None and call.tool not in manifest.tools:
-            text = f"`{call.plugin}` has no tool `{call.tool}`{did_you_mean(call.tool, manifest.tools)}"
-            return _refused(call, ReasonCode.UNKNOWN_TOOL, "UnknownTool", text, state)
+        if manifest is not None and tool not in manifest.tools:
+            text = f"`{plugin}` has no tool `{tool}`{did_you_mean(tool, manifest.tools)}"
+            return _refused(request_id, ReasonCode.UNKNOWN_TOOL, "UnknownTool", text, state)
         if self._stopping:
             text = "the engine is stopping; call another one"
-            return _refused(call, ReasonCode.ENGINE_STOPPING, "EngineStopping", text, state)
+            return _refused(request_id, ReasonCode.ENGINE_STOPPING, "EngineStopping", text, state)
         if state not in IN_SERVICE or pool is None or manifest is None:
-            return _not_in_service(call, incarnation)
+            return _not_in_service(incarnation, request_id)
         return incarnation, manifest, pool
 
     def _outcome(self, call: Call, ended: Reply | Cause) -> Outcome:
         if isinstance(ended, Cause):
             return _turned_away(call, ended)
-        incarnation = call.incarnation
+        incarnation, request_id = call.incarnation, call.request_id
         duration_ms = call.duration_ms
         if isinstance(ended, Broken) and ended.cause.reason_code is not ReasonCode.RESTARTED:
             self._fail(incarnation, ended.cause)
@@ -168,15 +168,15 @@ class ToolRunner:
                     if isinstance(consumer, Collected) and consumer.too_large:
                         text = "its items are too many to collect; ask for a stream"
                         return _refused(
-                            call, ReasonCode.RESULT_TOO_LARGE, "ResultTooLarge", text, state, duration_ms
+                            request_id, ReasonCode.RESULT_TOO_LARGE, "ResultTooLarge", text, state, duration_ms
                         )
-                return Completed(value=value, duration_ms=duration_ms, request_id=call.request_id)
+                return Completed(value=value, duration_ms=duration_ms, request_id=request_id)
             case Rejected(error_type=kind, message=text, reason_code=code):
-                return _refused(call, code, kind, text, state, duration_ms)
+                return _refused(request_id, code, kind, text, state, duration_ms)
             case Broken(cause=Cause(reason_code=ReasonCode.RESTARTED, reason=text)):
                 if incarnation.status.cause is not None:  # another worker of the plugin broke
-                    return _not_in_service(call, incarnation, duration_ms)
-                return _refused(call, ReasonCode.RESTARTED, "Restarted", text, state, duration_ms)
+                    return _not_in_service(incarnation, request_id, duration_ms)
+                return _refused(request_id, ReasonCode.RESTARTED, "Restarted", text, state, duration_ms)
             case Broken(cause=Cause(reason_code=code, reason=text), error_type=kind):
                 return Broke(
                     error=text,
@@ -184,7 +184,7 @@ class ToolRunner:
                     reason_code=code,
                     state=state,
                     duration_ms=duration_ms,
-                    request_id=call.request_id,
+                    request_id=request_id,
                 )
 
 
@@ -198,10 +198,9 @@ def _finished(consumer: Collected | Stream, outcome: Outcome) -> Outcome:
 def _turned_away(call: Call, cause: Cause) -> Refused:
     """It got no worker: by a restart or a stop, or because the plugin broke meanwhile."""
     if cause.reason_code in (ReasonCode.RESTARTED, ReasonCode.ENGINE_STOPPING):
-        return _refused(
-            call, cause.reason_code, _kind_of(cause.reason_code), cause.reason, call.incarnation.status.state
-        )
-    return _not_in_service(call, call.incarnation)
+        state, code = call.incarnation.status.state, cause.reason_code
+        return _refused(call.request_id, code, _kind_of(code), cause.reason, state)
+    return _not_in_service(call.incarnation, call.request_id)
 
 
 def _kind_of(code: ReasonCode) -> str:
@@ -210,7 +209,7 @@ def _kind_of(code: ReasonCode) -> str:
 
 
 def _refused(
-    call: Call,
+    request_id: str,
     code: ReasonCode,
     kind: str,
     text: str,
@@ -223,15 +222,15 @@ def _refused(
         reason_code=code,
         state=state,
         duration_ms=duration_ms,
-        request_id=call.request_id,
+        request_id=request_id,
     )
 
 
-def _not_in_service(call: Call, incarnation: Incarnation, duration_ms: float = 0.0) -> Refused:
+def _not_in_service(incarnation: Incarnation, request_id: str, duration_ms: float = 0.0) -> Refused:
     """With the plugin's own reason: the caller should learn what its operator would."""
     status = incarnation.status
     if status.cause is None:
-        text = f"`{call.plugin}` is {status.state.value}, not in service yet; call again in a moment"
-        return _refused(call, ReasonCode.NOT_IN_SERVICE, "NotInService", text, status.state)
-    text = f"`{call.plugin}` is {status.state.value}: {status.cause.reason}"
-    return _refused(call, status.cause.reason_code, "NotInService", text, status.state, duration_ms)
+        text = f"`{incarnation.name}` is {status.state.value}, not in service yet; call again in a moment"
+        return _refused(request_id, ReasonCode.NOT_IN_SERVICE, "NotInService", text, status.state)
+    text = f"`{incarnation.name}` is {status.state.value}: {status.cause.reason}"
+    return _refused(request_id, status.cause.reason_code, "NotInService", text, status.state, duration_ms)

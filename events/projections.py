@@ -135,32 +135,15 @@ _FOLDS: dict[type[EventData], Callable[[PluginView, Event, Any], PluginView]] = 
 
 def fold(views: Views, event: Event) -> Views:
     """The views after `event`: a new mapping, the old one untouched."""
-    changed = dict(views)
-    _apply(changed, event)
-    return changed
+    return fold_all([event], views)
 
 
 def fold_all(events: Iterable[Event], views: Views | None = None) -> Views:
     """`fold` over many events, copying once."""
-    changed = dict(views or {})
+    projection = HealthProjection(views)
     for event in events:
-        _apply(changed, event)
-    return changed
-
-
-def _apply(views: dict[str, PluginView], event: Event) -> None:
-    subject, data = event.subject, event.data
-    if subject is None:
-        if isinstance(data, EngineStarted):
-            for name, view in list(views.items()):
-                views[name] = replace(view, present=False, in_flight=0, pids=(), as_of=event.sequence)
-        return
-    if isinstance(data, Gap):
-        return
-    view = views.get(subject) or PluginView(subject, present=False)
-    if not view.present:  # it enters this engine run: plugins stand in the order in which they do
-        views.pop(subject, None)
-    views[subject] = _FOLDS.get(type(data), _seen)(view, event, data)
+        projection.apply(event)
+    return projection.snapshot()
 
 
 def health(view: PluginView, now_ns: int, memory_bytes: int | None = None) -> Health:
@@ -199,8 +182,19 @@ class HealthProjection:
         self._views: dict[str, PluginView] = dict(views or {})
 
     def apply(self, event: Event) -> None:
-        """Fold one event in. Only the bus calls this."""
-        _apply(self._views, event)
+        """Fold one event in."""
+        subject, data, views = event.subject, event.data, self._views
+        if subject is None:
+            if isinstance(data, EngineStarted):
+                for name, view in list(views.items()):
+                    views[name] = replace(view, present=False, in_flight=0, pids=(), as_of=event.sequence)
+            return
+        if isinstance(data, Gap):
+            return
+        view = views.get(subject) or PluginView(subject, present=False)
+        if not view.present:  # it enters this engine run: plugins stand in the order in which they do
+            views.pop(subject, None)
+        views[subject] = _FOLDS.get(type(data), _seen)(view, event, data)
 
     def view(self, name: str) -> PluginView | None:
         """What is known of a plugin of this engine run, or None."""

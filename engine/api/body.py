@@ -173,12 +173,13 @@ async def read_arguments(request: web.Request, limits: BodyLimits, spool: Spool)
     """
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise _unsupported("an encoded body is not taken; send it without Content-Encoding")
-    if request.content_type == "multipart/form-data":
+    kind = request.content_type
+    if kind == "multipart/form-data":
         return await _read_form(request, limits, spool)
     if not request.can_read_body:
         return Encoded("json", b"{}")
-    if "Content-Type" in request.headers and request.content_type != "application/json":
-        text = f"`{request.content_type}` is not taken; send application/json or multipart/form-data"
+    if kind != "application/json" and "Content-Type" in request.headers:
+        text = f"`{kind}` is not taken; send application/json or multipart/form-data"
         raise _unsupported(text)
     return Encoded("json", await _read_json(request, limits, spool) or b"{}")
 

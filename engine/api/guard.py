@@ -8,6 +8,7 @@ place   a connection beyond the limit may only read health         503
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -94,6 +95,7 @@ def _is_short(request: web.Request) -> bool:
     return request.method in ("GET", "HEAD") and _route_of(request) not in _LONG_READS
 
 
+@functools.lru_cache(maxsize=64)
 def _hostname(host: str) -> str:
     """`[::1]:8700` → `::1`."""
     if host.startswith("["):

@@ -56,9 +56,11 @@ class Response(web.StreamResponse):
         return None
 
     def _head(self, version: HttpVersion) -> bytes:
-        more = "".join(f"{name}: {value}\r\n" for name, value in self._more.items()) if self._more else ""
-        if not all(map(str.isprintable, self._more.values())):
-            raise ValueError(f"a header of the answer is not printable: {more!r}")
+        more = ""
+        for name, value in self._more.items():
+            if not value.isprintable():
+                raise ValueError(f"a header of the answer is not printable: {value!r}")
+            more += f"{name}: {value}\r\n"
         if self._keep_alive is not (version >= HttpVersion11):  # what the version means by itself is not said
             more += "Connection: keep-alive\r\n" if self._keep_alive else "Connection: close\r\n"
         return (

@@ -79,8 +79,17 @@ _RUN_BODY = {
 
 _LIST_ANSWERS = (Answer(200, "All plugins, in whatever state they are.", {JSON_TYPE: list[Health]}),)
 
-# The router tries them in this order, where they begin alike: first what is asked for most.
+# The router tries them in this order, where they begin alike: first what is asked for most, and should take least.
 ROUTES = (
+    Route(
+        "GET",
+        "/v1/plugins/{name}/health",
+        plugins.health,
+        "plugin_health",
+        "Health of one plugin.",
+        (Answer(200, "Its health, in whatever state it is.", {JSON_TYPE: Health}), _UNKNOWN),
+        (_NAME,),
+    ),
     Route(
         "POST",
         "/v1/plugins/{name}/tools/{tool}/run",
@@ -91,15 +100,6 @@ ROUTES = (
         (_NAME, _TOOL, _REQUEST_ID),
         _RUN_BODY,
         role=Role.RUN,
-    ),
-    Route(
-        "GET",
-        "/v1/plugins/{name}/health",
-        plugins.health,
-        "plugin_health",
-        "Health of one plugin.",
-        (Answer(200, "Its health, in whatever state it is.", {JSON_TYPE: Health}), _UNKNOWN),
-        (_NAME,),
     ),
     Route("GET", "/v1/plugins", plugins.list_plugins, "list_plugins", "Health of every plugin.", _LIST_ANSWERS),
     Route(

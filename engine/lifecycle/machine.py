@@ -38,23 +38,18 @@ class Lifecycle:
         self._publish = publish
         self._cause: Cause | None = None
         self._over = False
-        self._status = Status(ENTRY, incarnation)
+        self.status = Status(ENTRY, incarnation)  # read without a lock; set by the machine alone
         publish(Transition(None, ENTRY.value, None, incarnation, plugin=facts))
-
-    @property
-    def status(self) -> Status:
-        """The present state with its cause; a consistent pair, read without a lock."""
-        return self._status
 
     @property
     def state(self) -> State:
         """The model attribute that the machine reads and sets."""
-        return self._status.state
+        return self.status.state
 
     @state.setter
     def state(self, state: State | str) -> None:
         # Called by the machine alone, inside `fire`: the state and its cause change in one assignment.
-        self._status = Status(State(state), self._status.incarnation, self._cause)
+        self.status = Status(State(state), self.status.incarnation, self._cause)
 
     def fire(self, trigger: Trigger, cause: Cause | None = None) -> Status:
         """Change the state by the table and publish the change.
@@ -74,8 +69,8 @@ class Lifecycle:
             )
         with self._lock:
             if self._over:
-                raise IllegalTransition(f"incarnation {self._status.incarnation} is over; a later one has begun")
-            before = self._status
+                raise IllegalTransition(f"incarnation {self.status.incarnation} is over; a later one has begun")
+            before = self.status
             self._cause = cause
             try:
                 MACHINE.events[trigger.value].trigger(self)
@@ -86,7 +81,7 @@ class Lifecycle:
                 ) from None
             finally:
                 self._cause = None
-            after = self._status
+            after = self.status
             # Published under the lock: the order of the events is the order of the changes.
             self._publish(
                 Transition(

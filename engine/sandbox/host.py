@@ -150,7 +150,7 @@ class Worker:
     @property
     def busy(self) -> bool:
         """Whether plugin code may be running."""
-        return not self._started.done() or not self._calls.free
+        return not self._started.done() or not self.calls.free
 
     @property
     def gone(self) -> bool:
@@ -224,7 +224,7 @@ class Worker:
             opened.callback(self._arena_in.release)
             results = arena.Arena(arena_out, writable=False)
             opened.callback(results.release)
-            self._calls = Calls(self, self._channel, self._arena_in, results)
+            self.calls = Calls(self, self._channel, self._arena_in, results)
             self._output = Output(output, self._on_output, self._spec.log_lines_per_s)
             opened.callback(self._output.close)
             self._loop.add_reader(self._spawned.pidfd, self._died.set)
@@ -265,32 +265,13 @@ class Worker:
 
     # Calls.
 
-    @property
-    def free(self) -> bool:
-        """Whether it has no call at all."""
-        return self._calls.free
-
-    @property
-    def ahead(self) -> int:
-        """How many calls it has that have not begun."""
-        return self._calls.ahead
-
-    @property
-    def takes_ahead(self) -> bool:
-        """Whether a call may be sent ahead now."""
-        return self._calls.takes_ahead
-
     def begin(self, call: Invocation) -> None:
         """Run one tool, while none runs (the pool sees to that); `call.replied` is told what came of it."""
         if self.dead:
             call.begins()
             self._loop.call_soon(call.replied, Broken(_cause_of(self._dead.result())))
         else:
-            self._calls.begin(call)
-
-    def send_ahead(self, call: Invocation) -> bool:
-        """Send a call while another one runs, where `takes_ahead`. False: this one has to wait for its turn."""
-        return self._calls.send_ahead(call)
+            self.calls.begin(call)
 
     def overdue(self, timeout_s: float) -> None:
         """The call that runs has had its time."""
@@ -387,7 +368,7 @@ class Worker:
             if self._in_flight is not None:
                 self._in_flight.close()
         try:
-            self._calls.ended()
+            self.calls.ended()
             self._release()
         finally:
             self._dead.set_result(judged)
@@ -413,7 +394,7 @@ class Worker:
         try:
             self._observer.worker_exited(self, status, judged)
         finally:
-            self._calls.broken(Broken(_cause_of(judged)))
+            self.calls.broken(Broken(_cause_of(judged)))
 
     async def _kernel_kills(self, status: ExitStatus, died_s: float) -> tuple[int, bool]:
         """How many processes the kernel ended for memory, and whether at this worker's limit. Ends its cgroup."""
@@ -432,7 +413,7 @@ class Worker:
         return 0, False
 
     def _evidence(self, oom_kills: int, at_limit: bool, lost: str) -> Evidence:
-        if (running := self._calls.running) is not None:
+        if (running := self.calls.running) is not None:
             doing = f"`{running.call.tool}`"
         else:
             doing = "" if self._started.done() else stage_name(self._stage) or "its start"
@@ -463,7 +444,7 @@ class Worker:
 
     def _death(self, status: ExitStatus, evidence: Evidence, judged: Verdict) -> Death | None:
         """What is kept of it; None where the plugin is not to blame."""
-        if (running := self._calls.running) is not None:
+        if (running := self.calls.running) is not None:
             self._keep_in_flight(running)
         in_flight, self._in_flight = self._in_flight, None
         if judged.cause is None:
@@ -502,7 +483,7 @@ class Worker:
             return  # too late: the deadline has passed, and the verdict answers
         match message:
             case wire.Result() | wire.Failed() | wire.Item() | wire.Progress() | wire.Began():
-                self._calls.on_message(message)
+                self.calls.on_message(message)
             case wire.LogLine(level=level, message=line):
                 if (dropped := self._log_rate.admit()) is not None:
                     self._observer.log_line("log", level, line, dropped)

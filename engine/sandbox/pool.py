@@ -60,7 +60,7 @@ class Pool:
     @property
     def waiting(self) -> int:
         """How many calls have not begun."""
-        return len(self._waiting) + (0 if self._only is None else self._only.ahead)
+        return len(self._waiting) + (0 if self._only is None else self._only.calls.ahead)
 
     def submit(self, call: Waiting) -> None:
         """Begin the call now, or once a worker is free.
@@ -92,7 +92,7 @@ class Pool:
         if self._leased == 0:
             self._free.set()
         if self._closed is None:
-            if worker.free:
+            if worker.calls.free:
                 self._idle.append(worker)
             self._hand_out()
 
@@ -107,8 +107,8 @@ class Pool:
             call = self._waiting[0]
             if self._has_idle():
                 self._begin(self._waiting.popleft())
-            elif self._only is not None and call is not self._kept and self._only.takes_ahead:
-                if not self._only.send_ahead(call):
+            elif self._only is not None and call is not self._kept and self._only.calls.takes_ahead:
+                if not self._only.calls.send_ahead(call):
                     self._kept = call
                     return
                 self._waiting.popleft()
