@@ -17,7 +17,7 @@ from benchmarks.rows import ROWS, Check, probe_of
 
 BEGIN = "<!-- speed: written by `python -m benchmarks.speed --readme` from results/speed.json -->"
 END = "<!-- end of speed -->"
-_HEADS = ("what", "Holdfast", "beside it", "ratio", "rounds", "to reach", "")
+_HEADS = ("what", "Holdfast", "beside it", "ratio", "rounds", "to reach", "the least", "")
 _UNITS = {"us": "µs", "ms": "ms", "s": "s", "mib": "MiB", "cores": "cores", "bytes": "bytes"}
 
 
@@ -41,6 +41,7 @@ class Judged(msgspec.Struct, frozen=True):
     Attributes:
         ratio: of the figure to its base, round by round; the figure itself where there is no base.
         holds: False also where a round could not be measured.
+        least: the same ratio without Holdfast.
     """
 
     row: str
@@ -51,6 +52,7 @@ class Judged(msgspec.Struct, frozen=True):
     at_least: bool
     ratio: Spread | None
     holds: bool
+    least: Spread | None = None
 
 
 class Trouble(msgspec.Struct, frozen=True):
@@ -87,18 +89,26 @@ def spreads(rounds: Iterable[Mapping[str, float]]) -> dict[str, Spread]:
 
 def judge(check: Check, rounds: Sequence[Mapping[str, float]]) -> Judged:
     """Whether a condition holds: by the median of the ratios, each of two figures of the same round."""
-    ratios = [ratio for figures in rounds if (ratio := _ratio(check, figures)) is not None]
-    spread = Spread.of(ratios) if ratios else None
-    holds = spread is not None and len(ratios) == len(rounds) and _holds(check, spread)
-    return Judged(check.row, check.what, check.figure, check.base, check.reach, check.at_least, spread, holds)
+    ratio = _ratios(check.figure, check.base, rounds)
+    least = None if check.least is None else _ratios(*check.least, rounds)
+    holds = ratio is not None and len(ratio.rounds) == len(rounds) and _holds(check, ratio)
+    return Judged(
+        check.row, check.what, check.figure, check.base, check.reach, check.at_least, ratio, holds, least
+    )
 
 
-def _ratio(check: Check, figures: Mapping[str, float]) -> float | None:
-    value = figures.get(check.figure)
-    if value is None or check.base is None:
+def _ratios(figure: str, base: str | None, rounds: Iterable[Mapping[str, float]]) -> Spread | None:
+    """Of the rounds that measured both."""
+    found = [ratio for figures in rounds if (ratio := _ratio(figure, base, figures)) is not None]
+    return Spread.of(found) if found else None
+
+
+def _ratio(figure: str, base: str | None, figures: Mapping[str, float]) -> float | None:
+    value = figures.get(figure)
+    if value is None or base is None:
         return value
-    base = figures.get(check.base)
-    return value / base if base else None
+    divisor = figures.get(base)
+    return value / divisor if divisor else None
 
 
 def _holds(check: Check, ratio: Spread) -> bool:
@@ -130,11 +140,17 @@ def cells(judged: Judged, figures: Mapping[str, Spread]) -> tuple[str, ...]:
     verdict = "holds" if judged.holds else "does not hold" if judged.ratio else "not measured"
     if judged.base is None:
         span = _span(judged.ratio, lambda number: shown(judged.figure, number))
-        return judged.what, value, "", "", span, f"{sign} {shown(judged.figure, judged.reach)}", verdict
+        least = shown(judged.figure, judged.least.median) if judged.least else ""
+        return judged.what, value, "", "", span, f"{sign} {shown(judged.figure, judged.reach)}", least, verdict
     base = figures.get(judged.base)
     beside = f"{_title(judged)} {shown(judged.base, base.median)}" if base else "–"
-    ratio = f"{_number(judged.ratio.median)} ×" if judged.ratio else "–"
-    return judged.what, value, beside, ratio, _span(judged.ratio, _number), f"{sign} {judged.reach:g} ×", verdict
+    ratio, least = _times(judged.ratio) or "–", _times(judged.least)
+    reach = f"{sign} {judged.reach:g} ×"
+    return judged.what, value, beside, ratio, _span(judged.ratio, _number), reach, least, verdict
+
+
+def _times(ratio: Spread | None) -> str:
+    return f"{_number(ratio.median)} ×" if ratio else ""
 
 
 def _title(judged: Judged) -> str:

@@ -29,7 +29,7 @@ from benchmarks.speed_report import (
 from benchmarks.stats import percentile
 
 ROOT = Path(__file__).resolve().parent.parent
-AT_MOST = Check("call", "a call", "holdfast.p50_us", "echo.p50_us", 1.25)
+AT_MOST = Check("call", "a call", "holdfast.p50_us", "echo.p50_us", 1.25, least=("least.p50_us", "echo.p50_us"))
 AT_LEAST = Check("throughput", "a rate", "holdfast.per_s", "pebble.per_s", 1.5, at_least=True)
 ALONE = Check("memory", "a worker", "engine.worker_mib", None, 2)
 NONE_LOST = Check("publish", "lost", "publish.lost_in_log", None, 0, worst=True)
@@ -97,12 +97,20 @@ def test_a_round_that_could_not_be_measured_does_not_hold() -> None:
     assert cells(never, {})[-1] == "not measured"
 
 
+def test_the_least_is_shown_beside_a_ratio_and_decides_nothing() -> None:
+    measured = [{"holdfast.p50_us": 130.0, "echo.p50_us": 100.0, "least.p50_us": us} for us in (90.0, 150, 140)]
+    judged = judge(AT_MOST, measured)
+    assert judged.least is not None
+    assert (judged.least.median, judged.holds) == (1.4, False)
+    assert cells(judged, spreads(measured))[-2] == "1.40 ×"
+
+
 def test_a_base_of_nothing_is_no_ratio() -> None:
     assert judge(AT_MOST, [{"holdfast.p50_us": 1.0, "echo.p50_us": 0.0}]).ratio is None
 
 
 def test_every_figure_of_a_condition_and_a_plot_is_of_a_probe() -> None:
-    named = [name for check in CHECKS for name in (check.figure, check.base) if name is not None]
+    named = [name for check in CHECKS for name in check.figures]
     named += [figure for plot in PLOTS for figure in plot.figures]
     assert {probe_of(name) for name in named} <= set(PROBES)
 
@@ -112,7 +120,7 @@ def test_every_row_has_a_condition_and_every_condition_a_row() -> None:
 
 
 def test_a_part_measures_its_bases_and_the_peers_of_its_plot_in_the_order_of_a_round() -> None:
-    assert probes_for(checks_of(["http-run"])) == ("bare", "http-run")
+    assert probes_for(checks_of(["http-run"])) == ("bare", "least-http", "http-run")
     assert probes_for(checks_of(["http-list"])) == ("http-list", "bare-list")  # the base needs the list's size
     call = probes_for(checks_of(["call"]))
     assert call.index("echo") < call.index("holdfast") < call.index("ray")
@@ -152,10 +160,11 @@ def test_the_terminal_shows_each_condition_its_bases_and_what_failed() -> None:
 
 
 def test_the_readme_table_has_a_line_for_each_condition_and_says_where_it_was_measured() -> None:
-    measured = [{"holdfast.p50_us": 100.0, "echo.p50_us": 100.0, "engine.worker_mib": 3.0}]
+    measured = [{"holdfast.p50_us": 100.0, "echo.p50_us": 100.0, "least.p50_us": 70, "engine.worker_mib": 3.0}]
     lines = to_markdown(a_run((AT_MOST, ALONE), measured)).splitlines()
-    assert lines[2] == "| a call | 100 µs | asyncio streams echo 100 µs | 1.00 × | 1.00 – 1.00 | ≤ 1.25 × | yes |"
-    assert lines[3] == "| a worker | 3.00 MiB |  |  | 3.00 MiB – 3.00 MiB | ≤ 2.00 MiB | **no** |"
+    call = "| a call | 100 µs | asyncio streams echo 100 µs | 1.00 × | 1.00 – 1.00 | ≤ 1.25 × | 0.70 × | yes |"
+    assert lines[2] == call
+    assert lines[3] == "| a worker | 3.00 MiB |  |  | 3.00 MiB – 3.00 MiB | ≤ 2.00 MiB |  | **no** |"
     assert lines[-1].startswith("1 of 2 hold; medians of 1 rounds. Measured on 2 cores of a CPU")
     assert "2026-01-02" in lines[-1]
 

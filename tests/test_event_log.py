@@ -14,14 +14,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 
+import events.readers
 import events.writer
 from events.bus import EventBus
 from events.cursor import Filter
-from events.envelope import CallFinished, CallProgress, CallStarted, Event, Gap, PluginLog, decode, encode
+from events.envelope import (
+    CallFinished,
+    CallProgress,
+    CallStarted,
+    Event,
+    Gap,
+    PluginLog,
+    Restarted,
+    decode,
+    encode,
+)
 from events.log import Batch, CorruptLog, Cursor, EventLog, LogClosed, LogUnavailable, Record
 from events.projections import HealthProjection, fold_all
 from events.store import Store
@@ -277,6 +290,74 @@ def test_pages_are_in_order_bounded_and_filtered(path: Path, ring: int) -> None:
         assert numbers(log.page(0, 9, type="plugin.call.finished")) == [11, 22, 33]
         assert numbers(log.page(11, 9, type="holdfast.plugin.call.finished", subject="p0")) == [22, 33]
         assert log.page(0, 9, subject="nobody") == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found"),
+    [
+        (Filter.of(None, ["plugin.restarted"]), [2, 20_003]),
+        (Filter.of(None, ["plugin.log"]), [20_004]),
+        (Filter.of(["new"], None), [20_005]),
+        (Filter.of(["new"], ["plugin.call.started"]), [20_005]),
+    ],
+    ids=["a kind", "log lines", "a plugin", "its calls"],
+)
+def test_what_is_rare_is_found_without_a_look_at_each_of_many_calls(
+    path: Path, monkeypatch: pytest.MonkeyPatch, chosen: Filter, found: list[int]
+) -> None:
+    with open_log(path, ring=4) as log:
+        bus = bus_of(log)
+        publish(bus, 1)
+        bus.publish(Restarted(2), "ocr")
+        publish(bus, 20_000)
+        bus.publish(Restarted(3), "ocr")
+        bus.publish(PluginLog("log", "info", "line"), "ocr")
+        publish(bus, 1, "new")
+        publish(bus, 8)
+        assert log.flush(LONG_S)
+        looks: list[None] = []  # one for each hundred steps of SQLite's machine
+
+        def connect(*args: Any, **options: Any) -> sqlite3.Connection:
+            connection: sqlite3.Connection = sqlite3.connect(*args, **options)
+            connection.set_progress_handler(lambda: looks.append(None), 100)
+            return connection
+
+        monkeypatch.setattr(
+            events.readers, "sqlite3", SimpleNamespace(connect=connect, Connection=sqlite3.Connection)
+        )
+        assert numbers(log.read(0, 9, chosen).records) == found
+        assert len(looks) < 10, "each event of those between takes several steps"
+        looks.clear()
+        assert len(log.read(0, 30_000, Filter.of(None, ["plugin.call.started"])).records) == 20_010
+        assert len(looks) > 1000, "that is how many there are to see"
+
+
+def test_calls_leave_the_index_of_a_log_that_has_them_there(path: Path) -> None:
+    kept = filled(path, 5)
+    changed("DROP INDEX events_but_calls_by_type", "CREATE INDEX events_by_type ON events(type)")(path)
+    with open_log(path) as log:
+        bus_of(log).publish(Restarted(2), "ocr")
+        assert log.flush(LONG_S)
+        assert list(log.replay())[:-1] == kept
+        assert numbers(log.page(0, 9, type="plugin.restarted")) == [6]
+        assert numbers(log.page(0, 9, type="plugin.call.started")) == [1, 2, 3, 4, 5]
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        indexes = {name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+    assert indexes == {"events_by_subject", "events_but_calls_by_type"}
+
+
+def test_a_batch_of_any_size_is_written_whole_and_in_order(path: Path) -> None:
+    store, last = Store(path), 0
+    try:
+        for count in (1, 3, 4, 15, 16, 63, 64, 255, 256, 257, 600, 1023):
+            records = [Record(last + 1 + n, "plugin.log", None, b"%d" % n) for n in range(count)]
+            store.append(records)
+            assert store.read(last, last + count, count) == records
+            last += count
+        store.append([])
+        assert store.last() == last
+    finally:
+        store.close(clean=True)
 
 
 def test_pages_can_be_read_from_many_threads_while_events_are_written(path: Path) -> None:

@@ -60,6 +60,13 @@ def bare(body_bytes: int = 0) -> Iterator[Server]:
 
 
 @contextmanager
+def least(folder: Path) -> Iterator[Server]:
+    """A handler that calls another process as `benchmarks.least` does, its events kept in `folder`."""
+    with _server(["benchmarks.bare", "calls", str(folder)]) as server:
+        yield server
+
+
+@contextmanager
 def holdfast(plugins: Path, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
     """`holdfast serve` with these plugins, and settings by their variables, once all are in service.
 

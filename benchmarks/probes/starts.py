@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 import venv
-from pathlib import Path
 
+import msgspec
+
+from benchmarks.forks import pss_mib
 from benchmarks.probes import Plan
 from benchmarks.probes.hosting import check_in_service, hosting, run, settings, write_plain
 from benchmarks.probes.timing import async_latencies
@@ -32,6 +35,14 @@ def python(plan: Plan) -> dict[str, float]:
         subprocess.run([bare, "-c", "pass"], check=True)
         found.append(time.perf_counter() - started_s)
     return {"p50_ms": percentile(found, 0.5) * 1e3, "hundred_s": sum(found) / times * PLUGINS}
+
+
+def least(plan: Plan) -> dict[str, float]:
+    """The least that a start comes to, and a worker weighs: `benchmarks.forks`."""
+    file = write_plain(plan.folder / "plugins", 1) / "plain-0" / "plain.py"
+    command = [sys.executable, "-m", "benchmarks.forks", str(file), "Plain"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return msgspec.json.decode(done.stdout, type=dict[str, float])
 
 
 def worker(plan: Plan) -> dict[str, float]:
@@ -99,9 +110,3 @@ async def _engine(plan: Plan) -> dict[str, float]:
             "engine_mib": pss_mib(os.getpid()),
             "all_mib": sum(workers) + pss_mib(os.getpid()),
         }
-
-
-def pss_mib(pid: int) -> float:
-    """Proportional set size: memory of its own, and its share of what it shares (proc(5))."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024

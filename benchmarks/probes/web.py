@@ -7,8 +7,10 @@ from benchmarks.probes import Plan
 from benchmarks.probes.hosting import write_plain
 from benchmarks.probes.serving import bare as bare_server
 from benchmarks.probes.serving import holdfast
+from benchmarks.probes.serving import least as least_server
 
 LOAD_S = 2.5
+_BODY = '{"n": 7}'
 
 
 def bare(plan: Plan) -> dict[str, float]:
@@ -25,7 +27,13 @@ def bare_of_the_same_size(plan: Plan) -> dict[str, float]:
 
 def run(plan: Plan, plugins: int) -> dict[str, float]:
     """A no-op, called by `POST …/run`."""
-    return _load(plan, plugins, "POST", f"/v1/plugins/plain-{plugins - 1}/tools/noop/run", '{"n": 7}')
+    return _load(plan, plugins, "POST", f"/v1/plugins/plain-{plugins - 1}/tools/noop/run", _BODY)
+
+
+def least(plan: Plan) -> dict[str, float]:
+    """The least that a call by HTTP comes to: a handler that makes the calls of `benchmarks.least`."""
+    with least_server(plan.folder) as server:
+        return _figures(server.load(plan.of(LOAD_S), "POST", "/", _BODY))
 
 
 def health(plan: Plan, plugins: int) -> dict[str, float]:
