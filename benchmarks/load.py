@@ -1,9 +1,10 @@
 """An HTTP load, in a process of its own: the same request again and again on each of a few connections.
 
-    python -m benchmarks.load PORT SECONDS METHOD PATH [BODY]
+    python -m benchmarks.load SECONDS <<< '[{"port": 8700, "method": "GET", "path": "/livez"}, …]'
 
-After a moment to warm up it counts for that long, and prints one line of JSON. It knows little of HTTP, to be
-cheap beside the server that it loads: answers with a `Content-Length`, connections that stay open.
+Several targets are loaded in turn, a tenth of the time each, so that a machine that is slow for a second is so for
+all of them. After a moment to warm up it counts for that long of each, and prints a line of JSON. It knows little
+of HTTP, to be cheap beside the server that it loads: answers with a `Content-Length`, connections that stay open.
 """
 
 from __future__ import annotations
@@ -12,15 +13,26 @@ import select
 import socket
 import sys
 import time
+from collections.abc import Sequence
 
 import msgspec
 
 from benchmarks.stats import percentile
 
 CONNECTIONS = 16
-_WARM_S = 0.5
+_WARM_S = 0.3
+_TURNS = 10
 _RECEIVE_BYTES = 1 << 18
 _LENGTH = b"content-length:"
+
+
+class Target(msgspec.Struct, frozen=True):
+    """A request to a server of this machine."""
+
+    port: int
+    method: str
+    path: str
+    body: str = ""
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -88,30 +100,67 @@ def _length(head: bytes) -> int:
     return int(lowered[at + len(_LENGTH) :].partition(b"\r\n")[0])
 
 
-def run(port: int, for_s: float, request: bytes) -> Load:
-    """Load the server on this machine's `port`."""
-    connections = [Connection(port, request) for _ in range(CONNECTIONS)]
-    by_fd = {connection.socket.fileno(): connection for connection in connections}
-    poll = select.epoll()
-    for connection in connections:
-        poll.register(connection.socket.fileno(), select.EPOLLIN)
-        connection.ask()
-    found: list[float] = []
-    started_s = time.perf_counter() + _WARM_S
-    end_s = started_s + for_s
-    while (now_s := time.perf_counter()) < end_s:
-        for fd, _ in poll.poll():
-            connection = by_fd[fd]
-            took_s = connection.receive()
-            if took_s is not None:
-                if now_s >= started_s:
-                    found.append(took_s)
-                connection.ask()
-    per_s = len(found) / (time.perf_counter() - started_s)
-    for connection in connections:
-        connection.socket.close()
-    poll.close()
-    return Load(per_s, percentile(found, 0.5) * 1e6, percentile(found, 0.99) * 1e6, connections[0].body_bytes)
+class Side:
+    """A server under load, for a while at a time.
+
+    Args:
+        target: what is asked of it.
+    """
+
+    def __init__(self, target: Target) -> None:
+        asked = request(target.method, target.path, target.body)
+        connections = [Connection(target.port, asked) for _ in range(CONNECTIONS)]
+        self._connections = {connection.socket.fileno(): connection for connection in connections}
+        self._poll = select.epoll()
+        for fd in self._connections:
+            self._poll.register(fd, select.EPOLLIN)
+        self._took_s: list[float] = []
+        self._counted_s = 0.0
+
+    def ask(self, for_s: float) -> None:
+        """Load it, and count; what is under way in the end is waited for, and not counted."""
+        started_s = time.perf_counter()
+        end_s = started_s + for_s
+        for connection in self._connections.values():
+            connection.ask()
+        waiting = len(self._connections)
+        while waiting:
+            for fd, _ in self._poll.poll():
+                took_s = self._connections[fd].receive()
+                if took_s is None:
+                    continue
+                if time.perf_counter() < end_s:
+                    self._took_s.append(took_s)
+                    self._connections[fd].ask()
+                else:
+                    waiting -= 1
+        self._counted_s += for_s
+
+    def forget(self) -> None:
+        """What was counted so far was to warm up."""
+        self._took_s.clear()
+        self._counted_s = 0.0
+
+    def end(self) -> Load:
+        """Close the connections; what it came to."""
+        for connection in self._connections.values():
+            connection.socket.close()
+        self._poll.close()
+        found, size = self._took_s, next(iter(self._connections.values())).body_bytes
+        per_s = len(found) / self._counted_s
+        return Load(per_s, percentile(found, 0.5) * 1e6, percentile(found, 0.99) * 1e6, size)
+
+
+def run(targets: Sequence[Target], for_s: float) -> list[Load]:
+    """Load servers of this machine in turn."""
+    sides = [Side(target) for target in targets]
+    for side in sides:
+        side.ask(_WARM_S)
+        side.forget()
+    for _ in range(_TURNS):
+        for side in sides:
+            side.ask(for_s / _TURNS)
+    return [side.end() for side in sides]
 
 
 def request(method: str, path: str, body: str) -> bytes:
@@ -123,6 +172,5 @@ def request(method: str, path: str, body: str) -> bytes:
 
 
 if __name__ == "__main__":
-    _port, _for_s, _method, _path, *_body = sys.argv[1:]
-    _load = run(int(_port), float(_for_s), request(_method, _path, _body[0] if _body else ""))
-    print(msgspec.json.encode(_load).decode())
+    _targets = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Target])
+    print(msgspec.json.encode(run(_targets, float(sys.argv[1]))).decode())

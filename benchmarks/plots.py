@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.probes import PROBES
 from benchmarks.rows import PLOTS, Plot, probe_of
-from benchmarks.speed_report import Judged, Speed, shown
+from benchmarks.speed_report import Judged, Speed, shown, stem
 
 _OURS, _PEERS, _LIMIT = "#2a6f97", "#adb5bd", "#c1121f"
 _BASES = {
@@ -20,16 +20,12 @@ _BASES = {
     "loky",
     "ray",
     "copy",
-    "bare",
     "least",
     "least-uvloop",
-    "least-http",
     "least-start",
-    "bare-list",
     "python",
     "in-process",
 }
-_STEMS = {"p50": "p50", "p99": "p99", "max": "max", "worker": "one worker", "engine": "the engine"}
 
 
 def draw(speed: Speed, folder: Path) -> list[Path]:
@@ -66,9 +62,8 @@ def labels(figures: Iterable[str]) -> list[str]:
     several = len({probe_of(name) for name in names}) < len(names)
     titles = []
     for name in names:
-        stem = name.rpartition(".")[2].partition("_")[0]
-        title = PROBES[probe_of(name)].title
-        titles.append(f"{title}, {_STEMS.get(stem, stem)}" if several else title)
+        title, of_it = PROBES[probe_of(name)].title, stem(name)
+        titles.append(f"{title}, {of_it}" if several and of_it else title)
     return titles
 
 
@@ -109,4 +104,5 @@ def _draw(plt: Any, plot: Plot, speed: Speed, file: Path) -> None:
 
 
 def _is_base(name: str) -> bool:
-    return probe_of(name).removesuffix("-frame") in _BASES
+    probe, _, figure = name.partition(".")
+    return probe.removesuffix("-frame") in _BASES or figure.startswith(("bare_", "least_"))

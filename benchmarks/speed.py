@@ -78,7 +78,7 @@ class Rounds:
         """Run one probe; returns what it found, or said, in words."""
         figures = self.figures[-1]
         try:
-            found = measure.run(probe, msgspec.structs.replace(self._plan, seen=figures))
+            found = measure.run(probe, self._plan)
         except measure.NotMeasured as exc:
             self.troubles.append(Trouble(probe, number, str(exc)))
             return str(exc)

@@ -18,6 +18,17 @@ from benchmarks.rows import ROWS, Check, probe_of
 BEGIN = "<!-- speed: written by `python -m benchmarks.speed --readme` from results/speed.json -->"
 END = "<!-- end of speed -->"
 _HEADS = ("what", "Holdfast", "beside it", "ratio", "rounds", "to reach", "the least", "")
+_STEMS = {
+    "worker": "one worker",
+    "engine": "the engine",
+    "bare": "bare handler",
+    "least": "the least",
+    "copy": "one copy",
+    "python_p50": "python -c pass",
+    "with_1": "1 plugin",
+    "with_10": "10 plugins",
+    "with_100": "100 plugins",
+}
 _UNITS = {"us": "µs", "ms": "ms", "s": "s", "mib": "MiB", "cores": "cores", "bytes": "bytes"}
 
 
@@ -153,10 +164,17 @@ def _times(ratio: Spread | None) -> str:
     return f"{_number(ratio.median)} ×" if ratio else ""
 
 
+def stem(figure: str) -> str:
+    """What a figure is of its probe, in words: its name without the unit."""
+    name = figure.rpartition(".")[2]
+    short = name.removesuffix("per_s").rstrip("_") if name.endswith("per_s") else name.rpartition("_")[0]
+    return _STEMS.get(short, short)
+
+
 def _title(judged: Judged) -> str:
-    """What a base is called beside its figure; nothing where both are of one probe."""
+    """What a base is called beside its figure."""
     base = judged.base or ""
-    return "p50" if probe_of(base) == probe_of(judged.figure) else PROBES[probe_of(base)].title
+    return stem(base) if probe_of(base) == probe_of(judged.figure) else PROBES[probe_of(base)].title
 
 
 def _span(spread: Spread | None, show: Callable[[float], str]) -> str:

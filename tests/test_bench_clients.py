@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from benchmarks.load import CONNECTIONS, Connection, request, run
+from benchmarks.load import CONNECTIONS, Connection, Target, run
 from benchmarks.probes.serving import bare
 from benchmarks.readers import follow
 
@@ -55,10 +55,17 @@ def send_in_bits(connection: socket.socket, data: bytes, size: int) -> None:
 @pytest.mark.parametrize("body_bytes", [0, 300_000])
 def test_the_load_counts_whole_answers_of_a_real_server(body_bytes: int) -> None:
     with bare(body_bytes) as server:
-        load = run(server.port, 0.3, request("GET", "/", ""))
+        (load,) = run([Target(server.port, "GET", "/")], 0.3)
     assert load.body_bytes == (body_bytes or len(b'{"ok": true}'))
     assert load.per_s > CONNECTIONS
     assert 0 < load.p50_us <= load.p99_us
+
+
+def test_servers_that_are_loaded_in_turn_are_counted_apart() -> None:
+    with bare() as small, bare(300_000) as large:
+        found = run([Target(small.port, "GET", "/"), Target(large.port, "GET", "/")], 0.3)
+    assert [load.body_bytes for load in found] == [len(b'{"ok": true}'), 300_000]
+    assert found[0].per_s > found[1].per_s > CONNECTIONS
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])

@@ -21,13 +21,11 @@ class Plan(msgspec.Struct, frozen=True):
         place: its own folder, on a disk; removed afterwards.
         video: the file that is tracked.
         quick: a third of the time is enough.
-        seen: what this round has measured so far.
     """
 
     place: str
     video: str
     quick: bool = False
-    seen: dict[str, float] = {}
 
     @property
     def folder(self) -> Path:
@@ -80,14 +78,10 @@ PROBES: dict[str, Probe] = {
     "pebble-frame": Probe("pools", "frames", "pebble", ("pebble",)),
     "executor-frame": Probe("pools", "frames", "ProcessPoolExecutor", ("executor",)),
     "ray-frame": Probe("pools", "frames", "Ray", ("ray",)),
-    "http-list": Probe("web", "plugins", "Holdfast, 100 plugins", (100,)),
-    "bare-list": Probe("web", "bare_of_the_same_size", "bare handler, same bytes"),
-    "http-health": Probe("web", "health", "Holdfast, health", (100,)),
-    "bare": Probe("web", "bare", "bare aiohttp handler"),
-    "least-http": Probe("web", "least", "the least by HTTP"),
-    "http-run-10": Probe("web", "run", "Holdfast, no-op, 10 plugins", (10,)),
-    "http-run": Probe("web", "run", "Holdfast, no-op", (1,)),
-    "http-run-100": Probe("web", "run", "Holdfast, no-op, 100 plugins", (100,)),
+    "http-health": Probe("web", "health", "Holdfast, health"),
+    "http-list": Probe("web", "plugins", "Holdfast, 100 plugins"),
+    "http-run": Probe("web", "run", "Holdfast, no-op"),
+    "http-flat": Probe("web", "flat", "Holdfast, no-op"),
     "python": Probe("starts", "python", "python -c pass"),
     "least-start": Probe("starts", "least", "the least start"),
     "worker": Probe("starts", "worker", "Holdfast worker"),

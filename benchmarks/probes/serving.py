@@ -7,14 +7,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from benchmarks.load import Load
+from benchmarks.load import Load, Target
 
 _READY_S = 60.0
 _LOOK_S = 0.05
@@ -44,12 +44,16 @@ class Server(NamedTuple):
         finally:
             connection.close()
 
-    def load(self, for_s: float, method: str, path: str, body: str = "") -> Load:
-        """Load it from a process of its own."""
-        words = [str(self.port), str(for_s), method, path, *([body] if body else [])]
-        command = [sys.executable, "-m", "benchmarks.load", *words]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-        return msgspec.json.decode(done.stdout, type=Load)
+    def target(self, method: str, path: str, body: str = "") -> Target:
+        """A request to it, to load it with."""
+        return Target(self.port, method, path, body)
+
+
+def load(targets: Sequence[Target], for_s: float) -> list[Load]:
+    """Load servers in turn, from one process of its own, each for so long."""
+    command = [sys.executable, "-m", "benchmarks.load", str(for_s)]
+    done = subprocess.run(command, check=True, input=msgspec.json.encode(targets), stdout=subprocess.PIPE)
+    return msgspec.json.decode(done.stdout, type=list[Load])
 
 
 @contextmanager
