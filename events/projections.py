@@ -139,7 +139,7 @@ def fold(views: Views, event: Event) -> Views:
 
 
 def fold_all(events: Iterable[Event], views: Views | None = None) -> Views:
-    """`fold` over many events, copying once."""
+    """`fold` over many events."""
     projection = HealthProjection(views)
     for event in events:
         projection.apply(event)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from events.envelope import CallFinished, CallProgress, CallStarted, Gap
+from events.envelope import CallFinished, CallStarted, Gap
 from events.record import Record
 
 IDLE_READERS = 4
@@ -17,7 +17,7 @@ COLUMNS = "sequence, type, subject, json"
 # Nearly all events are of calls: to have those in an index by type would take half as long as to keep them, and
 # SQLite would look through it for the calls of one plugin. The others are; it sees that where a query says so in
 # these very words.
-_CALLS = frozenset(kind.TYPE for kind in (CallStarted, CallProgress, CallFinished))
+_CALLS = frozenset(kind.TYPE for kind in (CallStarted, CallFinished))
 INDEXED = f"type NOT IN ({', '.join(repr(name) for name in sorted(_CALLS))})"
 GAP = f"type = '{Gap.TYPE}' AND {INDEXED}"
 _NUMBERED = f"SELECT {COLUMNS} FROM events WHERE sequence > ? AND sequence <= ?"  # noqa: S608

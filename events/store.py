@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import structlog
 
 from events.files import SIDE_FILES, identity, move_aside, sync_folder, take_lock
 from events.readers import COLUMNS, GAP, INDEXED, Readers
@@ -29,10 +30,13 @@ from events.record import CorruptLog, FileGone, Record, explain
 FORMAT = "holdfast-events"
 VERSION = "1"
 QUICK_CHECK_BYTES = 64 * 1024 * 1024
+INSERT_ROWS = 256  # in one statement, of 4 variables each
 REPLAY_ROWS = 4096
 BUSY_TIMEOUT_S = 1.0
 WAL_KEPT_BYTES = 16 * 1024 * 1024  # a `-wal` that grew past it in a burst is cut back once it is written over
 _MAGIC = b"SQLite format 3\x00"
+
+log = structlog.get_logger(__name__)
 
 _SCHEMA = (
     "CREATE TABLE events(sequence INTEGER PRIMARY KEY, type TEXT NOT NULL, subject TEXT, json BLOB NOT NULL)",
@@ -40,18 +44,12 @@ _SCHEMA = (
     "CREATE INDEX events_by_subject ON events(subject)",
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
 )
-# Of any log: in an older one calls are in the index, too, under its old name.
+# Of any log: in an older one calls are in the index, too, under its old name. What that frees, the new one takes.
 _INDEX = (
-    f"CREATE INDEX IF NOT EXISTS events_but_calls_by_type ON events(type) WHERE {INDEXED}",
     "DROP INDEX IF EXISTS events_by_type",
+    f"CREATE INDEX IF NOT EXISTS events_but_calls_by_type ON events(type) WHERE {INDEXED}",
 )
 _GAPS = f"SELECT {COLUMNS} FROM events WHERE {GAP}"  # noqa: S608
-# Many rows in one statement: SQLite lets go of the GIL, and under busy threads each return of it can take 5 ms;
-# row by row a batch would take seconds. Not all: binding them holds it. Of few sizes: each is prepared only once.
-_INSERTS = {
-    rows: f"INSERT INTO events VALUES {', '.join(['(?, ?, ?, ?)'] * rows)}"  # noqa: S608
-    for rows in (256, 64, 16, 4, 1)
-}
 
 
 class Numbering(msgspec.Struct, frozen=True):
@@ -108,8 +106,7 @@ class Store:
             sync_folder(self.path.parent)
         self.load_numbering()
         self.unclean = self._check()
-        for statement in _INDEX:
-            writer.execute(statement)
+        self._index(writer)
         self.put_meta("clean", "0")
         self._identity = identity(self.path)
         self._readers.forget()
@@ -119,6 +116,14 @@ class Store:
             raise CorruptLog(self.path, "it is a database of something else")
         if self.meta("version") != VERSION or "events" not in tables:
             raise CorruptLog(self.path, f"its schema version is {self.meta('version')}, not {VERSION}")
+
+    def _index(self, writer: sqlite3.Connection) -> None:
+        """Without it some reads take longer, no more; so a full disk does not keep the log shut."""
+        try:
+            for statement in _INDEX:
+                writer.execute(statement)
+        except sqlite3.Error as exc:
+            log.warning("log_index_not_made", path=str(self.path), error=str(exc))
 
     @staticmethod
     def _create(writer: sqlite3.Connection) -> None:
@@ -187,13 +192,13 @@ class Store:
     def append(self, records: Sequence[Record]) -> None:
         """Add records in one transaction: all or none, durable on return. Raises sqlite3.Error, OSError."""
         with self.transaction() as writer:
-            start = 0
-            for rows, statement in _INSERTS.items():
-                while len(records) - start >= rows:
-                    part = records[start : start + rows]
-                    values = [value for r in part for value in (r.sequence, r.type, r.subject, r.json)]
-                    writer.execute(statement, values)
-                    start += rows
+            for start in range(0, len(records), INSERT_ROWS):
+                part = records[start : start + INSERT_ROWS]
+                # Many in one statement: SQLite lets go of the GIL, and under busy threads each return of it
+                # can take 5 ms; row by row a batch would take seconds. Not all: binding them holds it.
+                values = [value for r in part for value in (r.sequence, r.type, r.subject, r.json)]
+                places = ",".join(["(?,?,?,?)"] * len(part))
+                writer.execute(f"INSERT INTO events VALUES {places}", values)  # noqa: S608
 
     @contextlib.contextmanager
     def transaction(self, *, synced: bool = True) -> Iterator[sqlite3.Connection]:

@@ -21,6 +21,7 @@ import msgspec
 import pytest
 
 import events.readers
+import events.store
 import events.writer
 from events.bus import EventBus
 from events.cursor import Filter
@@ -344,6 +345,19 @@ def test_calls_leave_the_index_of_a_log_that_has_them_there(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as raw:
         indexes = {name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
     assert indexes == {"events_by_subject", "events_but_calls_by_type"}
+
+
+def test_a_log_opens_and_is_read_though_its_index_cannot_be_made(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = filled(path, 5)
+    changed("DROP INDEX events_but_calls_by_type")(path)
+    monkeypatch.setattr(events.store, "_INDEX", ("CREATE INDEX on_nothing ON nothing(at_all)",))
+    with open_log(path) as log:
+        assert list(log.replay()) == kept
+        assert log.page(0, 9, type="plugin.restarted") == []
+        assert log.state.ok
+    assert "log_index_not_made" in "".join(capfd.readouterr())
 
 
 def test_a_batch_of_any_size_is_written_whole_and_in_order(path: Path) -> None:

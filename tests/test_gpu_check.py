@@ -6,10 +6,12 @@ What the machine does not have is faked: `nvidia-smi` on PATH, torch on PYTHONPA
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -258,6 +260,42 @@ def test_output_is_kept_bounded(on_loop: Run[Any]) -> None:
     assert result.exit_code == 0
     assert len(result.output) <= 16 * 1024
     assert result.output.endswith("x\nend\n")
+
+
+@pytest.mark.parametrize("program", ["no-such-program", "true"])
+def test_no_descriptor_of_another_thread_is_closed(on_loop: Run[Any], program: str) -> None:
+    # A descriptor that is closed twice is by then often another one's: of the log, or of a worker.
+    over = threading.Event()
+    lost: list[str] = []
+
+    def hold() -> None:
+        while not over.is_set():
+            held = [os.open("/proc/self/stat", os.O_RDONLY) for _ in range(8)]
+            files = [os.fstat(fd).st_ino for fd in held]
+            time.sleep(0)
+            for fd, file in zip(held, files, strict=True):
+                try:
+                    if os.fstat(fd).st_ino != file:
+                        lost.append("it is another file now")
+                    os.close(fd)
+                except OSError as exc:
+                    lost.append(str(exc))
+
+    async def children() -> None:
+        for _ in range(150):
+            with contextlib.suppress(FileNotFoundError):
+                await run_child([program], timeout_s=20)
+
+    threads = [threading.Thread(target=hold) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        on_loop(children())
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert lost == []
 
 
 def ends(pid: int) -> bool:

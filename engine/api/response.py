@@ -59,7 +59,7 @@ class Response(web.StreamResponse):
         more = ""
         for name, value in self._more.items():
             if not value.isprintable():
-                raise ValueError(f"a header of the answer is not printable: {value!r}")
+                raise ValueError(f"a header of the answer is not printable: {name}: {value!r}")
             more += f"{name}: {value}\r\n"
         if self._keep_alive is not (version >= HttpVersion11):  # what the version means by itself is not said
             more += "Connection: keep-alive\r\n" if self._keep_alive else "Connection: close\r\n"

@@ -30,13 +30,11 @@ async def run_child(
     It is over when its output ends, or earlier when a whole line of it begins with `until`; then its process
     group is killed, whatever is left of it. Raises `OSError` if it cannot be started.
     """
-    loop = asyncio.get_running_loop()
+    # Read by hand: uvloop's `connect_read_pipe` closes a pipe twice, and by then the number may be another
+    # thread's (its issue 763).
     reading, writing = os.pipe()
-    reader = asyncio.StreamReader(limit=_KEPT_BYTES)
-    transport, _ = await loop.connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb", buffering=0)
-    )
     try:
+        os.set_blocking(reading, False)
         try:
             process = await asyncio.create_subprocess_exec(
                 *argv,
@@ -48,20 +46,20 @@ async def run_child(
             )
         finally:
             os.close(writing)
-        return await _attend(process, reader, timeout_s, until)
+        return await _attend(process, reading, timeout_s, until)
     finally:
-        transport.close()
+        os.close(reading)
 
 
 async def _attend(
-    process: asyncio.subprocess.Process, reader: asyncio.StreamReader, timeout_s: float, until: bytes | None
+    process: asyncio.subprocess.Process, reading: int, timeout_s: float, until: bytes | None
 ) -> ChildResult:
     kept = bytearray()
     ended: int | None = None
     timed_out = False
     try:
         async with asyncio.timeout(timeout_s):
-            if not await _collect(reader, kept, until):
+            if not await _collect(reading, kept, until):
                 ended = await process.wait()
     except TimeoutError:
         timed_out = True
@@ -72,15 +70,27 @@ async def _attend(
     return ChildResult(output=kept.decode("utf-8", "replace"), exit_code=ended, timed_out=timed_out)
 
 
-async def _collect(reader: asyncio.StreamReader, kept: bytearray, until: bytes | None) -> bool:
+async def _collect(reading: int, kept: bytearray, until: bytes | None) -> bool:
     """Read into `kept` until the output ends (False) or a line that begins with `until` is whole (True)."""
-    while chunk := await reader.read(_KEPT_BYTES):
-        kept += chunk
-        start = -1 if until is None else kept.rfind(b"\n" + until)
-        if start >= 0 and kept.find(b"\n", start + 1) >= 0:
-            return True
-        del kept[:-_KEPT_BYTES]
-    return False
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(reading, readable.set)
+    try:
+        while True:
+            await readable.wait()
+            readable.clear()
+            try:
+                chunk = os.read(reading, _KEPT_BYTES)
+            except BlockingIOError:
+                continue
+            if not chunk:
+                return False
+            kept += chunk
+            start = -1 if until is None else kept.rfind(b"\n" + until)
+            if start >= 0 and kept.find(b"\n", start + 1) >= 0:
+                return True
+            del kept[:-_KEPT_BYTES]
+    finally:
+        loop.remove_reader(reading)
 
 
 async def _reap(process: asyncio.subprocess.Process) -> None:
