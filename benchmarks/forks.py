@@ -1,6 +1,6 @@
 """The least that starting a worker comes to: a fork of a warm process, which then imports the plugin.
 
-    python -m benchmarks.forks FILE CLASS        # prints figures as JSON
+    python -m benchmarks.forks FILE CLASS SINCE_S        # prints figures as JSON
 
 The process has imported what any worker needs that checks arguments by type hints and runs coroutines. Its child
 imports the file, makes an instance, calls `validate`, says that it is ready, and waits. Nothing else is there: no
@@ -9,7 +9,7 @@ containment, no memory to share, no tools that are looked at, nobody that would 
 
 from __future__ import annotations
 
-import asyncio  # noqa: F401 - this and others: what a worker would use
+import asyncio  # noqa: F401 - imported before the fork, like the others, so that no child pays for it
 import gc
 import importlib.util
 import inspect  # noqa: F401
@@ -20,6 +20,7 @@ import socket
 import statistics
 import sys
 import time
+import traceback
 import typing  # noqa: F401
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,8 @@ def start(file: str, plugin: str) -> tuple[int, socket.socket]:
             made(SimpleNamespace(log=logging.getLogger())).validate()
             theirs.send(b"r")
             theirs.recv(1)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     theirs.close()
@@ -70,13 +73,12 @@ def alone_ms(file: str, plugin: str) -> float:
     return statistics.median(found) * 1e3
 
 
-def together(file: str, plugin: str) -> dict[str, float]:
-    """Seconds until a hundred are ready, and what the median one weighs."""
-    started_s = time.perf_counter()
+def together(file: str, plugin: str, since_s: float) -> dict[str, float]:
+    """Seconds until a hundred are ready, and what the median one weighs; `since_s`: of `time.perf_counter`."""
     workers = [start(file, plugin) for _ in range(_TOGETHER)]
     for _, end in workers:
         _ready(end)
-    took_s = time.perf_counter() - started_s
+    took_s = time.perf_counter() - since_s
     weights = [pss_mib(pid) for pid, _ in workers]
     for pid, end in workers:
         _end(pid, end)
@@ -96,4 +98,5 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()
     _what = (sys.argv[1], sys.argv[2])
-    print(json.dumps({"p50_ms": alone_ms(*_what), **together(*_what)}))
+    _hundred = together(*_what, float(sys.argv[3]))
+    print(json.dumps({"p50_ms": alone_ms(*_what), **_hundred}))

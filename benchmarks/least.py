@@ -3,9 +3,10 @@
     caller ──socketpair── a process that answers
        └──two events a call──▶ a thread, in batches: JSON → SQLite (WAL, FULL) → a line chained by SHA-256
 
-Frames and batches are as Holdfast's are. Nothing else is there: nothing is admitted, checked, limited, watched,
-ended, counted or shown to anybody, and a process that dies is not missed. So this is no way to call a plugin; it
-is what a ratio would be if all of that cost nothing.
+Parts and pauses of the thread are as Holdfast's are. Nothing else is there: nothing is admitted, checked, limited,
+watched, ended, counted or shown to anybody, and a process that dies is not missed. So this is no way to call a
+plugin; it is what a ratio would be if all of that cost nothing. It is no bound: the other process always sleeps
+until a call comes, where a worker of Holdfast's stays awake for a moment.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import sqlite3
 import struct
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -30,9 +32,8 @@ from msgspec import msgpack
 
 _HEADER = struct.Struct("<I")
 _GATHER_S = 0.02
-_PART, _PAUSE_S = 32, 50e-6  # events that are treated before the event loop may have the interpreter
-_MOST_BEHIND = 5000  # events that may wait to be kept; whoever calls waits for the rest
-# By the number of rows: many in one statement, for it lets go of the interpreter and has to get it back.
+_PART, _SHARE, _PAUSE_S = 32, 32, 50e-6  # events between two pauses: so many, or such a share of those that wait
+# By the number of rows: many in one statement, because each lets go of the interpreter and has to get it back.
 _INSERTS = {rows: f"INSERT INTO events VALUES {', '.join(['(?, ?)'] * rows)}" for rows in (256, 16, 1)}
 
 
@@ -77,10 +78,9 @@ class Keeper:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._given = self._kept = 0
+        self._given = 0
         self._waiting: deque[_Event] = deque()
         self._over = threading.Event()
-        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def __enter__(self) -> Keeper:
@@ -92,20 +92,10 @@ class Keeper:
         self._thread.join()
         if kind is not None:
             return
-        with sqlite3.connect(self._folder / "events.db") as database:
+        with closing(sqlite3.connect(self._folder / "events.db")) as database:
             found = database.execute("SELECT count(*), max(sequence) FROM events").fetchone()
         if found != (self._given, self._given or None):
             raise RuntimeError(f"kept are {found}, given were {self._given}")
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether many events wait."""
-        return self._given - self._kept > _MOST_BEHIND
-
-    def catch_up(self) -> None:
-        """Wait until no longer. Blocking."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self.is_behind)
 
     def keep(self, data: _Begun | _Ended) -> None:
         """Number an event, and have it kept."""
@@ -123,9 +113,8 @@ class Keeper:
                 over = self._over.wait(_GATHER_S)
                 events = [self._waiting.popleft() for _ in range(len(self._waiting))]
                 rows: list[tuple[int, bytes]] = []
-                for first in range(0, len(events), _PART):
-                    rows += ((event.sequence, encode(event)) for event in events[first : first + _PART])
-                    time.sleep(_PAUSE_S)
+                for part in self._parts(len(events)):
+                    rows += ((event.sequence, encode(event)) for event in events[part])
                 database.execute("BEGIN IMMEDIATE")
                 first = 0
                 for count, statement in _INSERTS.items():
@@ -135,17 +124,23 @@ class Keeper:
                         )
                         first += count
                 database.execute("COMMIT")
-                for first in range(0, len(rows), _PART):
-                    for _, json in rows[first : first + _PART]:
+                for part in self._parts(len(rows)):
+                    for _, json in rows[part]:
                         line = b'%b,"prev":"%b"}\n' % (json[:-1], head.encode())
                         head = hashlib.sha256(line).hexdigest()
                         lines.write(line)
-                    time.sleep(_PAUSE_S)
                 lines.flush()
-                with self._changed:
-                    self._kept += len(events)
-                    self._changed.notify_all()
         database.close()
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        """Of a batch, with a pause between."""
+        start = 0
+        while start < count:
+            end = start + max(_PART, len(self._waiting) // _SHARE)
+            yield slice(start, end)
+            if end < count:
+                time.sleep(_PAUSE_S)
+            start = end
 
 
 class Caller(asyncio.Protocol):
@@ -175,17 +170,21 @@ class Caller(asyncio.Protocol):
     async def call(self, n: int) -> int:
         """What the other process says to `n`."""
         assert self._transport is not None
-        if self._keeper.is_behind:
-            await asyncio.to_thread(self._keeper.catch_up)
         self._last = number = self._last + 1
         waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
-        request_id = f"{number:x}"
+        request_id = f"{number:032x}"
         self._keeper.keep(_Begun("noop", request_id))
         began_s = time.perf_counter()
         self._transport.write(_frame(_Call(number, "noop", {"n": n})))
         value: int = await waiting
         self._keeper.keep(_Ended("noop", request_id, True, (time.perf_counter() - began_s) * 1e3))
         return value
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Who waits for an answer gets none."""
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(exc or ConnectionError("the process that answers is gone"))
 
     def data_received(self, data: bytes) -> None:
         """Answers."""
@@ -204,6 +203,8 @@ def answering() -> Iterator[socket.socket]:
         try:
             ours.close()
             _answer(theirs)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     theirs.close()

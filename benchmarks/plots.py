@@ -24,7 +24,6 @@ _BASES = {
     "least-uvloop",
     "least-start",
     "python",
-    "in-process",
 }
 
 
@@ -105,4 +104,4 @@ def _draw(plt: Any, plot: Plot, speed: Speed, file: Path) -> None:
 
 def _is_base(name: str) -> bool:
     probe, _, figure = name.partition(".")
-    return probe.removesuffix("-frame") in _BASES or figure.startswith(("bare_", "least_"))
+    return probe.removesuffix("-frame") in _BASES or figure.startswith(("bare_", "least_", "in_process"))

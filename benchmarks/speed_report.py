@@ -24,6 +24,7 @@ _STEMS = {
     "bare": "bare handler",
     "least": "the least",
     "copy": "one copy",
+    "in_process": "in-process",
     "python_p50": "python -c pass",
     "with_1": "1 plugin",
     "with_10": "10 plugins",

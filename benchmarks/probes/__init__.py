@@ -89,6 +89,5 @@ PROBES: dict[str, Probe] = {
     "deadline": Probe("deadline", "deadline", "Holdfast"),
     "publish": Probe("publish", "publish", "Holdfast"),
     "sse": Probe("sse", "sse", "Holdfast"),
-    "in-process": Probe("tracking", "in_process", "in-process"),
-    "track": Probe("tracking", "sandboxed", "Holdfast"),
+    "track": Probe("tracking", "clip", "Holdfast"),
 }

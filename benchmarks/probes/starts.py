@@ -49,9 +49,9 @@ def _run(python: Path, times: int) -> list[float]:
 
 
 def least(plan: Plan) -> dict[str, float]:
-    """The least that a start comes to, and a worker weighs: `benchmarks.forks`."""
+    """The least that a start comes to, and a worker weighs: see `benchmarks.forks`."""
     file = write_plain(plan.folder / "plugins", 1) / "plain-0" / "plain.py"
-    command = [sys.executable, "-m", "benchmarks.forks", str(file), "Plain"]
+    command = [sys.executable, "-m", "benchmarks.forks", str(file), "Plain", str(time.perf_counter())]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return msgspec.json.decode(done.stdout, type=dict[str, float])
 
