@@ -106,7 +106,8 @@ class Store:
             sync_folder(self.path.parent)
         self.load_numbering()
         self.unclean = self._check()
-        self._index(writer)
+        if tables:  # a new log has it already
+            self._index(writer)
         self.put_meta("clean", "0")
         self._identity = identity(self.path)
         self._readers.forget()
