@@ -31,6 +31,7 @@ from events.audit_verify import NOTHING, AuditReport, digest, parse, verify
 from events.bus import Fault
 from events.envelope import Event, Gap
 from events.log import Batch, CorruptLog, EventLog, LogClosed, LogUnavailable
+from events.pace import parts
 
 __all__ = ["AuditLog", "AuditReport", "AuditState", "verify"]
 
@@ -123,7 +124,7 @@ class AuditLog:
         with self._lock, self._noting_faults():
             self._ready()
             if self._last + 1 == batch.events[0].sequence:
-                self._write((batch.events[part], batch.times[part]) for part in batch.parts())
+                self._write((batch.events[part], batch.times[part]) for part in parts(len(batch.events)))
                 return
             for missing in self._missing(CATCH_UP_EVENTS):
                 self._write([(missing, [event.time for event in missing])])

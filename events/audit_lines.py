@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from events.audit_verify import NOTHING, digest
-from events.envelope import CallFinished, Event, Gap, Transition
+from events.envelope import CallFinished, Event, EventData, Gap, Transition
 from events.redact import Fields, redactor, suspicion
 
 Level: TypeAlias = Literal["info", "warning", "error"]
@@ -18,14 +18,24 @@ Level: TypeAlias = Literal["info", "warning", "error"]
 _encoder = msgspec.json.Encoder()
 
 
-def level_of(event: Event) -> Level:
+def level_of(data: EventData) -> Level:
     """`error` where a plugin broke or events were lost, `warning` where one cannot work here, else `info`."""
-    data = event.data
     if isinstance(data, CallFinished):
         return "error" if data.broke else "info"
     if isinstance(data, Transition):
         return "error" if data.to == "FAILED" else "warning" if data.to == "UNAVAILABLE" else "info"
     return "error" if isinstance(data, Gap) else "info"
+
+
+class _Line(msgspec.Struct, gc=False):
+    """Of an event, in the order a person reads in: number, time, level, what, whose, the rest."""
+
+    sequence: int
+    time: str
+    level: Level
+    event: str
+    plugin: str | msgspec.UnsetType
+    data: EventData
 
 
 class Chain:
@@ -38,8 +48,10 @@ class Chain:
         self._redact = redactor(secrets)
 
     def __call__(self, logger: Any, level: str, fields: Fields) -> bytes:
-        lines = [_encoder.encode(line) for line in fields["lines"]]
-        if self._suspicious(b"".join(lines)):
+        encoded = _encoder.encode_lines(fields["lines"])
+        lines = encoded.split(b"\n")
+        lines.pop()  # what follows the last line's end
+        if self._suspicious(encoded):
             lines = [self._clean(logger, level, line) if self._suspicious(line) else line for line in lines]
         head = self.head
         for number, line in enumerate(lines):
@@ -73,7 +85,7 @@ class Emitter(structlog.BoundLoggerBase):
         assert isinstance(made, cls)  # noqa: S101 - for the type checker
         return made
 
-    def emit(self, lines: list[Fields]) -> None:
+    def emit(self, lines: Sequence[_Line | Fields]) -> None:
         """Lines of these fields, in this order; one of them is `event`.
 
         Many at once: what structlog does for a call takes longer than all the rest of a line.
@@ -90,11 +102,8 @@ class Emitter(structlog.BoundLoggerBase):
         self.emit([{"time": time, "level": "warning", "event": name, "after": after, **fields}])
 
 
-def _line(event: Event, time: str) -> Fields:
-    """In the order a person reads in: number, time, level, what, whose, the rest."""
-    data = event.data
-    line: Fields = {"sequence": event.sequence, "time": time, "level": level_of(event), "event": data.TYPE}
-    if event.subject is not None:
-        line["plugin"] = event.subject
-    line["data"] = data
-    return line
+def _line(event: Event, time: str) -> _Line:
+    data, subject = event.data, event.subject
+    return _Line(
+        event.sequence, time, level_of(data), data.TYPE, msgspec.UNSET if subject is None else subject, data
+    )

@@ -52,11 +52,6 @@ class Backlog:
         return self._taken + len(self._waiting)
 
     @property
-    def waiting(self) -> int:
-        """Events that the writer has not taken yet."""
-        return len(self._waiting)
-
-    @property
     def stalled_s(self) -> float:
         """For how long the writer has not moved, though there is something to write."""
         with self.changed:

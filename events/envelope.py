@@ -6,6 +6,7 @@ what stands behind `holdfast.` in the envelope's `type`. New fields get defaults
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
@@ -210,18 +211,43 @@ def _to_the_second(seconds: int) -> str:
     return (_EPOCH + timedelta(seconds=seconds)).isoformat()[:19]
 
 
-def encode(event: Event, source: str, time: str | None = None) -> bytes:
-    """The event as CloudEvents JSON, one line; `time` is `event.time`, where the caller has it already."""
-    return _encoder.encode(
-        CloudEvent(
-            id=str(event.sequence),
-            source=source,
-            type=TYPE_PREFIX + event.data.TYPE,
-            subject=event.subject,
-            time=time or event.time,
-            sequence=event.sequence,
-            data=event.data,
-        )
+def encode(event: Event, source: str) -> bytes:
+    """The event as CloudEvents JSON, one line."""
+    return _encoder.encode(_envelope(event, source, event.time))
+
+
+def encode_all(events: Sequence[Event], source: str) -> tuple[list[str], list[bytes]]:
+    """`event.time` and `encode(event, source)` of each: many at once take a third of the time."""
+    times = _times(events)
+    lines = _encoder.encode_lines(
+        [_envelope(event, source, time) for event, time in zip(events, times, strict=True)]
+    ).split(b"\n")
+    lines.pop()  # what follows the last line's end
+    return times, lines
+
+
+def _times(events: Sequence[Event]) -> list[str]:
+    times = []
+    second, form = -1, ""
+    for event in events:
+        time_us = event.time_ns // 1000
+        if time_us // 1_000_000 != second:
+            second = time_us // 1_000_000
+            form = f"{_to_the_second(second)}.%06dZ"
+        times.append(form % (time_us % 1_000_000))
+    return times
+
+
+def _envelope(event: Event, source: str, time: str) -> CloudEvent:
+    data = event.data
+    return CloudEvent(
+        id=str(event.sequence),
+        source=source,
+        type=TYPE_PREFIX + data.TYPE,
+        subject=event.subject,
+        time=time,
+        sequence=event.sequence,
+        data=data,
     )
 
 

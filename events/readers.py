@@ -6,22 +6,34 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Collection, Iterator
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
-from events.envelope import CallFinished, CallStarted, Gap
-from events.record import Record
+from events import blocks
+from events.envelope import Gap
+from events.record import CorruptLog, Record
 
 IDLE_READERS = 4
 
 COLUMNS = "sequence, type, subject, json"
-# Nearly all events are of calls: to have those in an index by type would take half as long as to keep them, and
-# SQLite would look through it for the calls of one plugin. The others are; it sees that where a query says so in
-# these very words.
-_CALLS = frozenset(kind.TYPE for kind in (CallStarted, CallFinished))
-INDEXED = f"type NOT IN ({', '.join(repr(name) for name in sorted(_CALLS))})"
-GAP = f"type = '{Gap.TYPE}' AND {INDEXED}"
+GAP = f"type = '{Gap.TYPE}'"
 _NUMBERED = f"SELECT {COLUMNS} FROM events WHERE sequence > ? AND sequence <= ?"  # noqa: S608
 _BEFORE = f"SELECT {COLUMNS} FROM events WHERE sequence < ? ORDER BY sequence DESC LIMIT 1"  # noqa: S608
+_BLOCKS = f"SELECT {blocks.COLUMNS} FROM calls WHERE first > ? AND first <= ?"  # noqa: S608
+_UNITED = 100  # SELECTs in one; SQLite takes 500
+
+_sequence = attrgetter("sequence")
+
+
+class _Wanted(NamedTuple):
+    """Records numbered in (after, until], at most `limit`; of these plugins and types, or of all."""
+
+    after: int
+    until: int
+    limit: int
+    subjects: Collection[str] | None
+    types: Collection[str] | None
 
 
 class Readers:
@@ -46,24 +58,46 @@ class Readers:
 
         Raises sqlite3.Error.
         """
-        wanted = ""
-        values: list[str] = []
-        for column, chosen in (("subject", subjects), ("type", types)):
-            if chosen is not None:
-                wanted += f" AND {column} IN ({','.join('?' * len(chosen))})"
-                values += list(chosen)
-        if types is not None and _CALLS.isdisjoint(types):
-            wanted += f" AND {INDEXED}"
-        query = _NUMBERED
-        parameters: list[str | int] = [after, until]
-        if wanted:
-            query = f"{_NUMBERED}{wanted} AND NOT ({GAP}) UNION ALL {_NUMBERED} AND {GAP}"
-            parameters = [after, until, *values, after, until]
+        wanted = _Wanted(after, until, limit, subjects, types)
         with self._connection() as reader:
             around = [Record(*row) for row in reader.execute(_BEFORE, (after,))]
-            rows = reader.execute(f"{query} ORDER BY sequence LIMIT ?", (*parameters, limit)).fetchall()
+            found = _rows(reader, wanted)
+            if types is None or not blocks.CALLS.isdisjoint(types):
+                found += self._calls(reader, wanted)
+                found.sort(key=_sequence)
         # A gap around `after` itself: its reader has to learn of it.
-        return [*(gap for gap in around if after < gap.end), *(Record(*row) for row in rows)][:limit]
+        return [*(gap for gap in around if after < gap.end), *found][:limit]
+
+    def _calls(self, reader: sqlite3.Connection, wanted: _Wanted) -> list[Record]:
+        """Of the blocks: at least the first `limit`, in no order."""
+        after, until, limit, subjects, types = wanted
+        bounds = (blocks.window(after + 1), until)
+        query, parameters = _BLOCKS, list[str | int](bounds)
+        if subjects is not None and len(subjects) <= _UNITED:
+            # One SELECT for each: SQLite merges what the index has in order, and reads no more than is asked for.
+            query = " UNION ALL ".join([f"{_BLOCKS} AND subject = ?"] * len(subjects)) or f"{_BLOCKS} AND FALSE"
+            parameters = [value for subject in subjects for value in (*bounds, subject)] or parameters
+        found: list[Record] = []
+        end = 0  # of the window
+        for row in reader.execute(f"{query} ORDER BY first", parameters):
+            block = blocks.Block(*row)
+            if block.first > end:  # what belongs before it is complete
+                if len(found) >= limit:
+                    break
+                end = blocks.window(block.first) + blocks.SPAN
+            if subjects is None or block.subject in subjects:
+                found += (
+                    record
+                    for record in self._unpacked(block)
+                    if after < record.sequence <= until and (types is None or record.type in types)
+                )
+        return found
+
+    def _unpacked(self, block: blocks.Block) -> list[Record]:
+        try:
+            return blocks.unpack(block)
+        except ValueError as exc:
+            raise CorruptLog(self._path, str(exc)) from exc
 
     def forget(self) -> None:
         """Use none of the present connections again."""
@@ -99,3 +133,24 @@ class Readers:
                     self._idle.append(reader)
             if not keep:
                 reader.close()
+
+
+def _rows(reader: sqlite3.Connection, wanted: _Wanted) -> list[Record]:
+    """Of the events with rows of their own: the first `limit`, in order."""
+    after, until, limit, subjects, types = wanted
+    where = ""
+    values: list[str] = []
+    if subjects is not None:
+        where = f" AND subject IN ({','.join('?' * len(subjects))})"
+        values += subjects
+    if types is not None:
+        # `+`: not by the index of types, where there is one by plugin; older logs have calls here.
+        column = "type" if subjects is None else "+type"
+        where += f" AND {column} IN ({','.join('?' * len(types))})"
+        values += types
+    query = _NUMBERED
+    parameters: list[str | int] = [after, until]
+    if where:
+        query = f"{_NUMBERED}{where} AND NOT {GAP} UNION ALL {_NUMBERED} AND {GAP}"
+        parameters = [after, until, *values, after, until]
+    return [Record(*row) for row in reader.execute(f"{query} ORDER BY sequence LIMIT ?", (*parameters, limit))]

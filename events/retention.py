@@ -19,6 +19,8 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
+
 from events.envelope import CallFinished, CallProgress, CallStarted, PluginLog, rfc3339
 from events.readers import COLUMNS
 from events.record import Record
@@ -34,8 +36,21 @@ DAY_NS = 86_400 * 1_000_000_000
 
 _TYPES = ",".join(f"'{name}'" for name in sorted(LET_GO))
 _RANGE = "FROM events WHERE sequence >= ? AND sequence <= ?"
-_TEXT = "CAST(json AS TEXT)"
-_YOUNG = f"CASE WHEN json_valid({_TEXT}) THEN json_extract({_TEXT}, '$.time') END >= ?"
+
+
+class _Timed(msgspec.Struct):
+    time: str
+
+
+_decoder = msgspec.json.Decoder(_Timed)
+
+
+def _time_of(record: Record) -> str:
+    """RFC 3339, or "", which is before all others, where it cannot be read."""
+    try:
+        return _decoder.decode(record.json).time
+    except (msgspec.MsgspecError, ValueError):
+        return ""
 
 
 class Retention:
@@ -119,14 +134,16 @@ class Retention:
         if self._days is None:
             return 0
         oldest = rfc3339(max(0, time.time_ns() - int(self._days * DAY_NS)))
-        query = f"SELECT sequence {_RANGE} AND {_YOUNG} ORDER BY sequence LIMIT 1"
-        young = self._store.rows(query, first, last, oldest)
-        return young[0][0] - 1 if young else last
+        for record in self._store.read(first - 1, last, last - first + 1):
+            if _time_of(record) >= oldest:
+                return record.sequence - 1
+        return last
 
     def _let_go(self, first: int, until: int, numbering: Numbering) -> None:
         before = f"SELECT {COLUMNS} FROM events WHERE sequence <= ? ORDER BY sequence DESC LIMIT 1"  # noqa: S608
-        until = max(until, *(Record(*row).end for row in self._store.rows(before, until)))  # a gap stays whole
+        until = max([until, *(Record(*row).end for row in self._store.rows(before, until))])  # a gap stays whole
         with self._moving_to(Numbering(numbering.kept_from, until + 1, numbering.kept_below)) as writer:
+            self._store.delete_calls(writer, until)
             writer.execute(f"DELETE {_RANGE} AND type IN ({_TYPES})", (first, until))
             [(kept,)] = writer.execute(f"SELECT count(*) {_RANGE}", (first, until)).fetchall()
             after = Numbering(numbering.kept_from, until + 1, numbering.kept_below + kept)

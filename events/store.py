@@ -23,14 +23,17 @@ from typing import Any
 import msgspec
 import structlog
 
+from events import blocks
 from events.files import SIDE_FILES, identity, move_aside, sync_folder, take_lock
-from events.readers import COLUMNS, GAP, INDEXED, Readers
+from events.readers import COLUMNS, GAP, Readers
 from events.record import CorruptLog, FileGone, Record, explain
 
 FORMAT = "holdfast-events"
-VERSION = "1"
+VERSION = "2"
+OLDER = ("1",)  # no blocks: a row for each event
 QUICK_CHECK_BYTES = 64 * 1024 * 1024
-INSERT_ROWS = 256  # in one statement, of 4 variables each
+INSERT_ROWS = 256  # in one statement
+_ALL = 2**63 - 1  # SQLite's largest number
 REPLAY_ROWS = 4096
 BUSY_TIMEOUT_S = 1.0
 WAL_KEPT_BYTES = 16 * 1024 * 1024  # a `-wal` that grew past it in a burst is cut back once it is written over
@@ -38,16 +41,23 @@ _MAGIC = b"SQLite format 3\x00"
 
 log = structlog.get_logger(__name__)
 
+_CALLS = (  # see `events.blocks`
+    "CREATE TABLE calls"
+    "(first INTEGER PRIMARY KEY, subject TEXT NOT NULL, marks BLOB NOT NULL, lines BLOB NOT NULL)",
+    "CREATE INDEX calls_by_subject ON calls(subject)",
+)
+# All other events; in a log that was begun as version 1, its calls too.
 _SCHEMA = (
     "CREATE TABLE events(sequence INTEGER PRIMARY KEY, type TEXT NOT NULL, subject TEXT, json BLOB NOT NULL)",
     # An index row ends with the rowid, which is the sequence: both serve `… ORDER BY sequence`.
     "CREATE INDEX events_by_subject ON events(subject)",
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    *_CALLS,
 )
-# Of any log: in an older one calls are in the index, too, under its old name. What that frees, the new one takes.
+# Of any log: one of version 1 may have another one instead.
 _INDEX = (
-    "DROP INDEX IF EXISTS events_by_type",
-    f"CREATE INDEX IF NOT EXISTS events_but_calls_by_type ON events(type) WHERE {INDEXED}",
+    "DROP INDEX IF EXISTS events_but_calls_by_type",
+    "CREATE INDEX IF NOT EXISTS events_by_type ON events(type)",
 )
 _GAPS = f"SELECT {COLUMNS} FROM events WHERE {GAP}"  # noqa: S608
 
@@ -104,6 +114,8 @@ class Store:
         if not tables:
             self._create(writer)
             sync_folder(self.path.parent)
+        elif "calls" not in tables:
+            self._upgrade(writer)
         self.load_numbering()
         self.unclean = self._check()
         if tables:  # a new log has it already
@@ -115,8 +127,16 @@ class Store:
     def _check_format(self, tables: set[str]) -> None:
         if "meta" not in tables or self.meta("format") != FORMAT:
             raise CorruptLog(self.path, "it is a database of something else")
-        if self.meta("version") != VERSION or "events" not in tables:
+        if self.meta("version") not in (*OLDER, VERSION) or "events" not in tables:
             raise CorruptLog(self.path, f"its schema version is {self.meta('version')}, not {VERSION}")
+
+    def _upgrade(self, writer: sqlite3.Connection) -> None:
+        """To this version; what an older one kept stays as it is."""
+        writer.execute("BEGIN IMMEDIATE")
+        for statement in _CALLS:
+            writer.execute(statement)
+        self.put_meta("version", VERSION)
+        writer.execute("COMMIT")
 
     def _index(self, writer: sqlite3.Connection) -> None:
         """Without it some reads take longer, no more; so a full disk does not keep the log shut."""
@@ -143,7 +163,7 @@ class Store:
             if found != "ok":
                 raise CorruptLog(self.path, f"damaged: {found}")
             self._check_numbering()
-        elif self._lowest(from_=(first := self.numbering.complete_from)) not in (None, first):
+        elif self._lowest(first := self.numbering.complete_from) not in (None, first):
             raise CorruptLog(self.path, f"its numbering does not begin at {first}")
         return unclean
 
@@ -155,31 +175,47 @@ class Store:
         # A log from before retention knows no `complete_from`.
         self.numbering = Numbering(**{"complete_from": found.get("kept_from", 1), **found})
 
-    def _lowest(self, *, from_: int = 0) -> int | None:
-        lowest: int | None = self.rows("SELECT min(sequence) FROM events WHERE sequence >= ?", from_)[0][0]
-        return lowest
+    def _lowest(self, from_: int) -> int | None:
+        """The lowest number from `from_` on that is there."""
+        [(row,)] = self.rows("SELECT min(sequence) FROM events WHERE sequence >= ?", from_)
+        [(call,)] = self.rows("SELECT min(first) FROM calls WHERE first >= ?", from_)
+        return min((number for number in (row, call) if number is not None), default=None)
+
+    def _count(self, from_: int, until: int) -> int:
+        """How many events numbered in [from_, until) are there."""
+        [(rows,)] = self.rows("SELECT count(*) FROM events WHERE sequence >= ? AND sequence < ?", from_, until)
+        calls = self.rows("SELECT sum(length(marks)) FROM calls WHERE first >= ? AND first < ?", from_, until)
+        return int(rows + (calls[0][0] or 0))
 
     def _check_numbering(self) -> None:
         numbering, first = self.numbering, self.numbering.complete_from
-        below, low = self.rows("SELECT count(*), min(sequence) FROM events WHERE sequence < ?", first)[0]
-        if below != numbering.kept_below or (below and low < numbering.kept_from):
+        below, low = self._count(0, first), self._lowest(0)
+        if below != numbering.kept_below or (low is not None and low < numbering.kept_from):
             why = f"{below} events from {low} on are there below {first}, not {numbering.kept_below}"
             raise CorruptLog(self.path, f"{why} from {numbering.kept_from} on")
-        count, low = self.rows("SELECT count(*), min(sequence) FROM events WHERE sequence >= ?", first)[0]
-        if not count:
+        low = self._lowest(first)
+        if low is None:
             return
         if low != first:
             raise CorruptLog(self.path, f"its numbering begins at {low}, not at {first}")
         gaps = (Record(*row) for row in self.rows(f"{_GAPS} AND sequence >= ?", first))
-        missing = self.last() - low + 1 - count - sum(gap.end - gap.sequence for gap in gaps)
+        dropped = sum(gap.end - gap.sequence for gap in gaps)
+        missing = self.last() - low + 1 - self._count(first, _ALL) - dropped
         if missing:
             raise CorruptLog(self.path, f"{missing} numbers are missing and no gap event says why")
 
     def last(self) -> int:
         """The highest number given, the end of a gap included; 0 in an empty log."""
         rows = self.rows(f"SELECT {COLUMNS} FROM events ORDER BY sequence DESC LIMIT 1")  # noqa: S608
-        stored = Record(*rows[0]).end if rows else 0
-        return max(stored, self.numbering.complete_from - 1)  # retention may have let the very last one go
+        [(call,)] = self.rows("SELECT max(first) FROM calls")
+        ends = [Record(*row).end for row in rows]
+        ends += [] if call is None else [block.last for block in self._begun(call)]
+        return max([*ends, self.numbering.complete_from - 1])  # retention may have let the very last one go
+
+    def _begun(self, until: int) -> list[blocks.Block]:
+        """The blocks of the window that `until` is in which begin up to there."""
+        query = f"SELECT {blocks.COLUMNS} FROM calls WHERE first > ? AND first <= ?"  # noqa: S608
+        return [blocks.Block(*row) for row in self.rows(query, blocks.window(until), until)]
 
     def meta(self, key: str) -> object:
         """A value kept beside the events, or None."""
@@ -193,13 +229,9 @@ class Store:
     def append(self, records: Sequence[Record]) -> None:
         """Add records in one transaction: all or none, durable on return. Raises sqlite3.Error, OSError."""
         with self.transaction() as writer:
-            for start in range(0, len(records), INSERT_ROWS):
-                part = records[start : start + INSERT_ROWS]
-                # Many in one statement: SQLite lets go of the GIL, and under busy threads each return of it
-                # can take 5 ms; row by row a batch would take seconds. Not all: binding them holds it.
-                values = [value for r in part for value in (r.sequence, r.type, r.subject, r.json)]
-                places = ",".join(["(?,?,?,?)"] * len(part))
-                writer.execute(f"INSERT INTO events VALUES {places}", values)  # noqa: S608
+            rows, calls = blocks.pack(records)
+            _insert(writer, "events", [(r.sequence, r.type, r.subject, r.json) for r in rows])
+            _insert(writer, "calls", calls)
 
     @contextlib.contextmanager
     def transaction(self, *, synced: bool = True) -> Iterator[sqlite3.Connection]:
@@ -219,6 +251,12 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 writer.execute("ROLLBACK")
             raise
+
+    def delete_calls(self, writer: sqlite3.Connection, until: int) -> None:
+        """Of all calls up to that number, inside a `transaction`; what a block has behind it stays."""
+        cut = [record for block in self._begun(until) for record in blocks.unpack(block)]
+        writer.execute("DELETE FROM calls WHERE first <= ?", (until,))
+        _insert(writer, "calls", blocks.pack(record for record in cut if record.sequence > until)[1])
 
     def renumber(self, writer: sqlite3.Connection, numbering: Numbering) -> None:
         """Keep a changed numbering, inside a `transaction`."""
@@ -326,3 +364,13 @@ class Store:
     def run_script(self, statements: str) -> None:
         """Run them to their end; `rows` stops `PRAGMA incremental_vacuum` after one page. Raises sqlite3.Error."""
         self._connection().executescript(statements)
+
+
+def _insert(writer: sqlite3.Connection, table: str, rows: Sequence[tuple[object, ...]]) -> None:
+    """Rows of four columns."""
+    for start in range(0, len(rows), INSERT_ROWS):
+        part = rows[start : start + INSERT_ROWS]
+        # Many in one statement: SQLite lets go of the GIL, and under busy threads each return of it can take 5 ms;
+        # row by row a batch would take seconds. Not all: binding them holds it.
+        places = ",".join(["(?,?,?,?)"] * len(part))
+        writer.execute(f"INSERT INTO {table} VALUES {places}", [value for row in part for value in row])  # noqa: S608

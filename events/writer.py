@@ -10,15 +10,15 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from events.backlog import Backlog
-from events.envelope import CallFinished, CallProgress, Event, EventData, Gap, encode
-from events.pace import Pace
+from events.envelope import CallFinished, CallProgress, Event, Gap, encode, encode_all
+from events.pace import gather_s, parts
 from events.projections import HealthProjection
 from events.record import CorruptLog, LogUnavailable, Record, explain
 from events.retention import Retention
@@ -26,9 +26,6 @@ from events.snapshot import Snapshot, save_snapshot
 from events.store import Store
 
 BATCH_EVENTS = 4096  # in one transaction
-# From one batch to the next, unless a whole one waits already: an event after a quiet moment is written at once, a
-# stream of them in groups. Each batch takes the interpreter from the event loop for a while, and costs an fsync.
-GATHER_S = 0.02
 SNAPSHOT_EVERY = 50_000  # events
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 5.0
@@ -42,11 +39,6 @@ class Batch(msgspec.Struct, frozen=True):
     events: list[Event]
     times: list[str]
     records: list[Record]
-    pace: Pace
-
-    def parts(self) -> Iterator[slice]:
-        """Which events to treat at a time: a listener that does something for each lets others run in between."""
-        return self.pace.parts(len(self.events))
 
 
 class Writer:
@@ -72,7 +64,6 @@ class Writer:
         self._durable = durable
         self._snapshot_at = snapshot  # the number that the kept snapshot is of
         self._projection = projection  # of what is durable, for the snapshots
-        self._pace = Pace(lambda: backlog.waiting)
         self._on_durable = on_durable
         self._note_fault = note_fault
         self._retention = Retention(
@@ -121,13 +112,13 @@ class Writer:
                 return False
             self._retention.turn(self._durable, self._snapshot_at, len(events or ()))
             if len(self._backlog) < BATCH_EVENTS:
-                self._backlog.closing.wait(GATHER_S)
+                self._backlog.closing.wait(gather_s(len(events or ())))
         return True
 
     def _write_batch(self, events: list[Event]) -> bool:
         """Encode and fold them, make them durable, hand them on. False: the closing deadline came first."""
-        batch = Batch([], [], [], self._pace)
-        for part in self._pace.parts(len(events)):
+        batch = Batch([], [], [])
+        for part in parts(len(events)):
             self._encode(events[part], batch)
         if not self._write(batch.records):
             return False
@@ -138,22 +129,29 @@ class Writer:
         return True
 
     def _encode(self, events: list[Event], batch: Batch) -> None:
-        for offered in events:
-            event, time_text = offered, offered.time
-            try:
-                _check_finite(event.data)
-                json = encode(event, self._source, time_text)
-            except Exception as exc:  # data from a plugin: lone surrogates, numbers that JSON does not have
-                self._note_fault("encode", exc)
-                number, why = offered.sequence, f"{offered.type} has no JSON form: {type(exc).__name__}"
-                event = Event(number, offered.time_ns, None, Gap(number, number, why))
-                json = encode(event, self._source, time_text)
-                with self._backlog.changed:
-                    self._backlog.dropped += 1
+        try:
+            times, lines = _encoded(events, self._source)
+        except Exception as exc:  # data from a plugin: lone surrogates, numbers that JSON does not have
+            if len(events) > 1:
+                for event in events:
+                    self._encode([event], batch)
+                return
+            self._note_fault("encode", exc)
+            number, why = events[0].sequence, f"{events[0].type} has no JSON form: {type(exc).__name__}"
+            events = [Event(number, events[0].time_ns, None, Gap(number, number, why))]
+            times, lines = _encoded(events, self._source)
+            with self._backlog.changed:
+                self._backlog.dropped += 1
+        for event in events:
             self._projection.apply(event)
-            batch.events.append(event)
-            batch.times.append(time_text)
-            batch.records.append(Record(event.sequence, event.data.TYPE, event.subject, json))
+        batch.events.extend(events)
+        batch.times.extend(times)
+        batch.records.extend(
+            [
+                Record(event.sequence, event.data.TYPE, event.subject, line)
+                for event, line in zip(events, lines, strict=True)
+            ]
+        )
 
     def _write(self, records: list[Record]) -> bool:
         """Make them durable however long it takes; False if the closing deadline came first."""
@@ -218,13 +216,14 @@ class Writer:
         return self._snapshot_at
 
 
-def _check_finite(data: EventData) -> None:
-    """NaN and infinity would be written as null, and not be read again."""
-    if isinstance(data, CallFinished):
-        finite = math.isfinite(data.duration_ms)
-    elif isinstance(data, CallProgress):
-        finite = math.isfinite(data.done) and math.isfinite(data.total)
-    else:
-        return
-    if not finite:
-        raise ValueError("not a finite number")
+def _encoded(events: list[Event], source: str) -> tuple[list[str], list[bytes]]:
+    """Times and lines. Raises where one has no JSON form: NaN and infinity would be written as null."""
+    for event in events:
+        data = event.data
+        if isinstance(data, CallFinished):
+            finite = math.isfinite(data.duration_ms)
+        else:
+            finite = not isinstance(data, CallProgress) or (math.isfinite(data.done) and math.isfinite(data.total))
+        if not finite:
+            raise ValueError("not a finite number")
+    return encode_all(events, source)

@@ -23,6 +23,7 @@ import pytest
 import events.readers
 import events.store
 import events.writer
+from events import blocks
 from events.bus import EventBus
 from events.cursor import Filter
 from events.envelope import (
@@ -66,7 +67,47 @@ def publish(bus: EventBus, count: int, plugin: str = "ocr") -> list[Event]:
 def filled(path: Path, count: int) -> list[Event]:
     """A log with `count` events, closed cleanly."""
     with open_log(path) as log:
-        return publish(bus_of(log), count)
+        return publish_at_once(log, bus_of(log), count)
+
+
+def publish_at_once(log: EventLog, bus: EventBus, count: int) -> list[Event]:
+    """As one batch: the blocks of calls are as large as they can be."""
+    with log._changed:
+        return publish(bus, count)
+
+
+def let_go(path: Path, until: int) -> None:
+    """As retention did before it kept anything below its horizon."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        [row] = raw.execute("SELECT * FROM calls")
+        rest = [record for record in blocks.unpack(blocks.Block(*row)) if record.sequence > until]
+        raw.execute("DELETE FROM calls")
+        raw.execute("INSERT INTO calls VALUES (?, ?, ?, ?)", blocks.pack(rest)[1][0])
+        raw.execute("UPDATE meta SET value = ? WHERE key = 'kept_from'", (until + 1,))
+
+
+def of_version_1(path: Path, index: str) -> list[Event]:
+    """A log as version 1 left it: a row for each event."""
+    path.parent.mkdir()
+    kept = [Event(number, number * 1000, "ocr", CallStarted("read", f"r{number}")) for number in range(1, 201)]
+    kept[99] = Event(100, 100_000, "ocr", Restarted(2))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        raw.execute("PRAGMA journal_mode = WAL")
+        raw.execute(
+            "CREATE TABLE events"
+            "(sequence INTEGER PRIMARY KEY, type TEXT NOT NULL, subject TEXT, json BLOB NOT NULL)"
+        )
+        raw.execute("CREATE INDEX events_by_subject ON events(subject)")
+        raw.execute(index)
+        raw.execute("CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID")
+        meta = {"format": "holdfast-events", "version": "1", "clean": "1", "kept_from": 1}
+        raw.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+        raw.executemany(
+            "INSERT INTO events VALUES (?, ?, ?, ?)",
+            [(event.sequence, event.type, event.subject, encode(event, "test")) for event in kept],
+        )
+    return kept
 
 
 def numbers(records: list[Record]) -> list[int]:
@@ -123,18 +164,19 @@ def test_a_start_replays_only_what_came_after_the_snapshot(path: Path, monkeypat
     monkeypatch.setattr(events.writer, "SNAPSHOT_EVERY", 50)
     with open_log(path) as log:
         bus = bus_of(log)
-        publish(bus, 60)
+        publish_at_once(log, bus, 60)
         assert log.flush(LONG_S)
         publish(bus, 3)
         assert log.flush(LONG_S)  # the writer saves a snapshot before it takes what came later
         kept = log._store.meta("snapshot")
         assert isinstance(kept, bytes)
         covered = msgspec.msgpack.decode(kept)["sequence"]
-        assert 50 <= covered <= 60
+        assert covered == 60
         live = bus.projection.snapshot()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
         raw.execute("UPDATE meta SET value = ? WHERE key = 'snapshot'", (kept,))
-        raw.execute("UPDATE events SET json = 'unreadable' WHERE sequence <= ?", (covered,))
+        unreadable = b"\n".join([b"unreadable"] * covered)
+        raw.execute("UPDATE calls SET lines = ? WHERE first = 1", (unreadable,))
     with open_log(path) as log:
         assert log.faults == {}
         assert log.load() == (live, 63)
@@ -180,7 +222,9 @@ def test_an_event_without_a_json_form_leaves_a_gap_in_its_place(
 def test_an_event_that_cannot_be_read_back_is_replayed_as_a_gap_and_counted(path: Path) -> None:
     filled(path, 3)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
-        raw.execute("UPDATE events SET json = CAST('{}' AS BLOB) WHERE sequence = 2")
+        [(lines,)] = raw.execute("SELECT lines FROM calls")
+        first, _, third = lines.split(b"\n")
+        raw.execute("UPDATE calls SET lines = ?", (b"\n".join([first, b"{}", third]),))
     with open_log(path) as log:
         assert [type(event.data) for event in log.replay()] == [CallStarted, Gap, CallStarted]
         assert log.faults["decode"].count == 1
@@ -243,7 +287,7 @@ def test_listeners_get_every_batch_once_it_is_durable(path: Path) -> None:
     def listen(batch: Batch) -> None:
         seen.append(batch)
         with contextlib.closing(sqlite3.connect(path)) as raw:
-            stored_then.append(raw.execute("SELECT max(sequence) FROM events").fetchone()[0])
+            stored_then.append(raw.execute("SELECT max(first + length(marks) - 1) FROM calls").fetchone()[0])
 
     with open_log(path) as log:
         log.add_listener("test", listen)
@@ -316,42 +360,66 @@ def test_what_is_rare_is_found_without_a_look_at_each_of_many_calls(
         publish(bus, 1, "new")
         publish(bus, 8)
         assert log.flush(LONG_S)
-        looks: list[None] = []  # one for each hundred steps of SQLite's machine
+        looks: list[None] = []  # one for each ten steps of SQLite's machine
 
         def connect(*args: Any, **options: Any) -> sqlite3.Connection:
             connection: sqlite3.Connection = sqlite3.connect(*args, **options)
-            connection.set_progress_handler(lambda: looks.append(None), 100)
+            connection.set_progress_handler(lambda: looks.append(None), 10)
             return connection
 
         monkeypatch.setattr(
             events.readers, "sqlite3", SimpleNamespace(connect=connect, Connection=sqlite3.Connection)
         )
         assert numbers(log.read(0, 9, chosen).records) == found
-        assert len(looks) < 10, "each event of those between takes several steps"
+        assert len(looks) < 30, "each block of those between takes several steps"
         looks.clear()
         assert len(log.read(0, 30_000, Filter.of(None, ["plugin.call.started"])).records) == 20_010
-        assert len(looks) > 1000, "that is how many there are to see"
+        assert len(looks) > 200, "that is how many there are to see"
 
 
-def test_calls_leave_the_index_of_a_log_that_has_them_there(path: Path) -> None:
-    kept = filled(path, 5)
-    changed("DROP INDEX events_but_calls_by_type", "CREATE INDEX events_by_type ON events(type)")(path)
-    with open_log(path) as log:
-        bus_of(log).publish(Restarted(2), "ocr")
-        assert log.flush(LONG_S)
-        assert list(log.replay())[:-1] == kept
-        assert numbers(log.page(0, 9, type="plugin.restarted")) == [6]
-        assert numbers(log.page(0, 9, type="plugin.call.started")) == [1, 2, 3, 4, 5]
+@pytest.mark.parametrize(
+    "index",
+    [
+        "CREATE INDEX events_by_type ON events(type)",
+        "CREATE INDEX events_but_calls_by_type ON events(type) WHERE type NOT LIKE '%call%'",
+    ],
+    ids=["first", "last"],
+)
+def test_a_log_of_version_1_is_read_and_goes_on(path: Path, index: str) -> None:
+    kept = of_version_1(path, index)
+    for count in (200, 300):
+        with open_log(path, ring=4) as log:
+            assert log.last == count
+            assert list(log.replay()) == kept
+            kept += publish_at_once(log, bus_of(log), 100)
+            assert log.flush(LONG_S)
+            assert list(log.replay()) == kept
+            assert numbers(log.page(90, 20)) == list(range(91, 111))
+            assert numbers(log.page(190, 20, subject="ocr")) == list(range(191, 211))
+            assert numbers(log.page(95, 9, type="plugin.call.started")) == [96, 97, 98, 99, *range(101, 106)]
+            assert numbers(log.page(0, 9, subject="ocr", type="plugin.restarted")) == [100]
     with contextlib.closing(sqlite3.connect(path)) as raw:
         indexes = {name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
-    assert indexes == {"events_by_subject", "events_but_calls_by_type"}
+    assert indexes == {"events_by_subject", "events_by_type", "calls_by_subject"}
+
+
+def test_an_upgrade_that_is_interrupted_is_made_at_the_next_start(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = of_version_1(path, "CREATE INDEX events_by_type ON events(type)")
+    with monkeypatch.context() as broken:
+        broken.setattr(events.store, "_CALLS", (*events.store._CALLS, "CREATE TABLE meta(key)"))
+        with pytest.raises(LogUnavailable):
+            open_log(path)
+    with open_log(path) as log:
+        assert list(log.replay()) == kept
 
 
 def test_a_log_opens_and_is_read_though_its_index_cannot_be_made(
     path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kept = filled(path, 5)
-    changed("DROP INDEX events_but_calls_by_type")(path)
+    changed("DROP INDEX events_by_type")(path)
     monkeypatch.setattr(events.store, "_INDEX", ("CREATE INDEX on_nothing ON nothing(at_all)",))
     with open_log(path) as log:
         assert list(log.replay()) == kept
@@ -566,8 +634,7 @@ async def test_a_number_that_is_published_but_not_yet_durable_is_waited_for(path
 
 async def test_a_reader_from_before_what_is_kept_is_told_so(path: Path) -> None:
     await asyncio.to_thread(filled, path, 10)
-    let_go = changed("DELETE FROM events WHERE sequence < 6", "UPDATE meta SET value = 6 WHERE key = 'kept_from'")
-    await asyncio.to_thread(let_go, path)
+    await asyncio.to_thread(let_go, path, 5)
     log = await asyncio.to_thread(open_log, path)
     cursor = log.subscribe(2)
     [told] = await anext(cursor)
@@ -982,9 +1049,9 @@ def wal_without_database(path: Path) -> None:
         (damaged_page, "damaged|malformed"),
         (truncated, "damaged|malformed"),
         (of_something_else, "a database of something else"),
-        (changed("UPDATE meta SET value = '7' WHERE key = 'version'"), "schema version is 7, not 1"),
-        (changed("DELETE FROM events WHERE sequence = 250"), "1 numbers are missing and no gap event says why"),
-        (changed("DELETE FROM events WHERE sequence < 3"), "numbering begins at 3, not at 1"),
+        (changed("UPDATE meta SET value = '7' WHERE key = 'version'"), "schema version is 7, not 2"),
+        (changed("DELETE FROM calls WHERE first = 257"), "64 numbers are missing and no gap event says why"),
+        (changed("DELETE FROM calls WHERE first < 65"), "numbering begins at 65, not at 1"),
         (wal_without_database, "the database is gone but its -wal file is there"),
     ],
     ids=["not sqlite", "page", "truncated", "something else", "version", "hole", "beginning", "wal only"],

@@ -12,7 +12,7 @@ from events.audit import AuditLog, verify
 from events.bus import EventBus
 from events.envelope import CallStarted
 from events.log import EventLog
-from events.pace import PART_EVENTS, PAUSE_S, Pace
+from events.pace import GATHER_MAX_S, GATHER_S, PART_EVENTS, PAUSE_S, gather_s, parts
 from events.projections import HealthProjection
 
 LONG_S = 20.0
@@ -35,16 +35,17 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize("count", [0, 1, PART_EVENTS, PART_EVENTS + 1, 10 * PART_EVENTS + 7])
 def test_parts_are_all_of_a_batch_in_order_with_a_pause_between(count: int, pauses: list[float]) -> None:
     numbers = list(range(count))
-    parts = [numbers[part] for part in Pace(lambda: 0).parts(count)]
-    assert [number for part in parts for number in part] == numbers
-    assert all(0 < len(part) <= PART_EVENTS for part in parts)
-    assert pauses == [PAUSE_S] * max(0, len(parts) - 1)
+    cut = [numbers[part] for part in parts(count)]
+    assert [number for part in cut for number in part] == numbers
+    assert all(0 < len(part) <= PART_EVENTS for part in cut)
+    assert pauses == [PAUSE_S] * max(0, len(cut) - 1)
 
 
-def test_parts_grow_with_what_waits_and_shrink_again_with_it() -> None:
-    waiting = iter([0, 3200, 320_000, 0, 0, 0])
-    sizes = [part.stop - part.start for part in Pace(lambda: next(waiting)).parts(10_200)]
-    assert sizes == [32, 100, 10_000, 32, 32, 4]
+def test_the_more_events_come_the_longer_others_are_waited_for() -> None:
+    waits = [gather_s(count) for count in (0, 1, 100, 250, 400, 100_000)]
+    assert waits == sorted(waits)
+    assert (waits[0], waits[1], waits[-1]) == (GATHER_S, GATHER_S, GATHER_MAX_S)
+    assert GATHER_S < gather_s(300) < GATHER_MAX_S
 
 
 def test_a_batch_is_written_and_audited_in_parts_and_nothing_is_lost(tmp_path: Path, pauses: list[float]) -> None:
@@ -55,9 +56,9 @@ def test_a_batch_is_written_and_audited_in_parts_and_nothing_is_lost(tmp_path: P
         bus = EventBus(HealthProjection())
         bus.subscribe(log)
         with log._changed:  # the writer takes them at once
-            for number in range(10 * PART_EVENTS):
+            for number in range(4 * PART_EVENTS):
                 bus.publish(CallStarted("read", str(number)), "ocr")
         assert log.flush(LONG_S)
-        assert len(pauses) == 2 * 9
-        assert verify(audit.path, last=10 * PART_EVENTS).ok
+        assert len(pauses) == 2 * 3
+        assert verify(audit.path, last=4 * PART_EVENTS).ok
     audit.close()
