@@ -3,7 +3,7 @@
     caller ──socketpair── a process that answers
        └──two events a call──▶ a thread, in batches: JSON → SQLite (WAL, FULL) → a line chained by SHA-256
 
-Parts and pauses of the thread are as Holdfast's are. Nothing else is there: nothing is admitted, checked, limited,
+The thread pauses as Holdfast's does (`events.pace`). Nothing else is there: nothing is admitted, checked, limited,
 watched, ended, counted or shown to anybody, and a process that dies is not missed. So this is no way to call a
 plugin; it is what a ratio would be if all of that cost nothing. It is no bound: the other process always sleeps
 until a call comes, where a worker of Holdfast's stays awake for a moment.
@@ -30,11 +30,10 @@ from typing import cast
 import msgspec
 from msgspec import msgpack
 
+from events.pace import gather_s, parts
+
 _HEADER = struct.Struct("<I")
-_GATHER_S = 0.02
-_PART, _SHARE, _PAUSE_S = 32, 32, 50e-6  # events between two pauses: so many, or such a share of those that wait
-# By the number of rows: many in one statement, because each lets go of the interpreter and has to get it back.
-_INSERTS = {rows: f"INSERT INTO events VALUES {', '.join(['(?, ?)'] * rows)}" for rows in (256, 16, 1)}
+_ROW = 64  # events
 
 
 class _Begun(msgspec.Struct, gc=False):
@@ -93,8 +92,8 @@ class Keeper:
         if kind is not None:
             return
         with closing(sqlite3.connect(self._folder / "events.db")) as database:
-            found = database.execute("SELECT count(*), max(sequence) FROM events").fetchone()
-        if found != (self._given, self._given or None):
+            found = sum(lines.count(b"\n") for (lines,) in database.execute("SELECT lines FROM events"))
+        if found != self._given:
             raise RuntimeError(f"kept are {found}, given were {self._given}")
 
     def keep(self, data: _Begun | _Ended) -> None:
@@ -106,41 +105,34 @@ class Keeper:
         database = sqlite3.connect(self._folder / "events.db", isolation_level=None)
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
-        database.execute("CREATE TABLE events(sequence INTEGER PRIMARY KEY, json BLOB NOT NULL)")
-        encode, head, over = msgspec.json.Encoder().encode, "", False
+        database.execute("CREATE TABLE events(first INTEGER PRIMARY KEY, lines BLOB NOT NULL)")
+        encode, head, over, pause_s = msgspec.json.Encoder().encode_lines, "", False, 0.0
         with (self._folder / "audit.jsonl").open("wb") as lines:
             while not over:
-                over = self._over.wait(_GATHER_S)
+                over = self._over.wait(pause_s)
                 events = [self._waiting.popleft() for _ in range(len(self._waiting))]
                 rows: list[tuple[int, bytes]] = []
-                for part in self._parts(len(events)):
-                    rows += ((event.sequence, encode(event)) for event in events[part])
+                for part in parts(len(events)):
+                    for row in range(part.start, part.stop, _ROW):
+                        of_it = events[row : min(row + _ROW, part.stop)]
+                        rows.append((of_it[0].sequence, encode(of_it)))
                 database.execute("BEGIN IMMEDIATE")
-                first = 0
-                for count, statement in _INSERTS.items():
-                    while len(rows) - first >= count:
-                        database.execute(
-                            statement, [value for row in rows[first : first + count] for value in row]
-                        )
-                        first += count
+                if rows:
+                    places = ", ".join(["(?, ?)"] * len(rows))
+                    database.execute(
+                        f"INSERT INTO events VALUES {places}",
+                        [value for row in rows for value in row],
+                    )
                 database.execute("COMMIT")
-                for part in self._parts(len(rows)):
-                    for _, json in rows[part]:
+                jsons = [json for _, of_it in rows for json in of_it.splitlines()]
+                for part in parts(len(jsons)):
+                    for json in jsons[part]:
                         line = b'%b,"prev":"%b"}\n' % (json[:-1], head.encode())
                         head = hashlib.sha256(line).hexdigest()
                         lines.write(line)
                 lines.flush()
+                pause_s = gather_s(len(events))
         database.close()
-
-    def _parts(self, count: int) -> Iterator[slice]:
-        """Of a batch, with a pause between."""
-        start = 0
-        while start < count:
-            end = start + max(_PART, len(self._waiting) // _SHARE)
-            yield slice(start, end)
-            if end < count:
-                time.sleep(_PAUSE_S)
-            start = end
 
 
 class Caller(asyncio.Protocol):
