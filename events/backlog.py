@@ -7,6 +7,7 @@ them, stands for all.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -46,7 +47,7 @@ class Backlog:
         self._taken = 0  # events that the writer has and that are not durable yet
         self._taken_bytes = 0
         self._moved = 0.0  # monotonic: when the writer last took or settled, or began to have something to do
-        self._idle = False  # the writer waits for something to do
+        self._wake_bytes = math.inf  # the writer waits until so much is there
 
     def __len__(self) -> int:
         return self._taken + len(self._waiting)
@@ -80,8 +81,8 @@ class Backlog:
                 self._drop_oldest()
             while waiting and self._taken_bytes + self._waiting_bytes > self._max_bytes:
                 self._drop_oldest()
-            if self._idle:
-                self._idle = False
+            if self._waiting_bytes >= self._wake_bytes:
+                self._wake_bytes = math.inf
                 self.changed.notify_all()
 
     def _drop_oldest(self) -> None:
@@ -100,9 +101,9 @@ class Backlog:
         """
         with self.changed:
             if not self._has_work() and wait_s != 0:
-                self._idle = True
+                self._wake_bytes = 0
                 self.changed.wait_for(self._has_work, wait_s)
-                self._idle = False
+                self._wake_bytes = math.inf
             if not self._has_work():
                 return None
             taken: list[Event] = []
@@ -121,6 +122,14 @@ class Backlog:
             self._taken = len(taken)
             self._moved = time.monotonic()
             return taken
+
+    def gather(self, limit: int, wait_s: float) -> None:
+        """Let events gather for so long; not when `limit` of them are there, half of what may wait, or the end."""
+        enough_bytes = min(limit, self._limit // 2) * EVENT_BYTES
+        with self.changed:
+            self._wake_bytes = enough_bytes
+            self.changed.wait_for(lambda: self.closing.is_set() or self._waiting_bytes >= enough_bytes, wait_s)
+            self._wake_bytes = math.inf
 
     def _has_work(self) -> bool:
         return bool(self._waiting) or self._gap is not None or self.closing.is_set()

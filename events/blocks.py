@@ -14,7 +14,9 @@ into another. So what begins before a window ends there, too.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from events.envelope import CallFinished, CallStarted
@@ -24,6 +26,13 @@ SPAN = 64
 _TYPES = (CallStarted.TYPE, CallFinished.TYPE)  # by the upper bits of a mark
 _MARKS = {name: index * SPAN for index, name in enumerate(_TYPES)}
 CALLS = frozenset(_TYPES)
+_UNREADABLE = b"null"  # JSON, and no event
+
+
+class DamagedBlock(sqlite3.DatabaseError):
+    """A block is not as it was written: as if SQLite had said so of its page."""
+
+    sqlite_errorname = "SQLITE_CORRUPT"
 
 
 class Block(NamedTuple):
@@ -35,9 +44,20 @@ class Block(NamedTuple):
     lines: bytes
 
     @property
+    def numbers(self) -> list[int]:
+        """Of its events, in order. Raises DamagedBlock."""
+        marks = self.marks
+        if isinstance(marks, bytes) and marks and max(marks) < len(_TYPES) * SPAN:
+            numbers = [self.first + mark % SPAN for mark in marks]
+            rising = all(before < after for before, after in pairwise(numbers))
+            if rising and numbers[0] == self.first and window(numbers[-1]) == window(self.first):
+                return numbers
+        raise DamagedBlock(f"the calls from {self.first} on are damaged")
+
+    @property
     def last(self) -> int:
-        """The number of the last."""
-        return self.first + max((mark % SPAN for mark in self.marks), default=0)
+        """The number of the last. Raises DamagedBlock."""
+        return self.numbers[-1]
 
 
 COLUMNS = ", ".join(Block._fields)
@@ -54,7 +74,7 @@ def pack(records: Iterable[Record]) -> tuple[list[Record], list[Block]]:
     calls: dict[tuple[int, str], list[Record]] = {}
     for record in records:
         if record.type in CALLS and record.subject is not None:
-            calls.setdefault(((record.sequence - 1) // SPAN, record.subject), []).append(record)
+            calls.setdefault((window(record.sequence), record.subject), []).append(record)
         else:
             rows.append(record)
     return rows, [_block(subject, of_it) for (_, subject), of_it in calls.items()]
@@ -67,12 +87,16 @@ def _block(subject: str, records: Sequence[Record]) -> Block:
 
 
 def unpack(block: Block) -> list[Record]:
-    """The records of a block. Raises ValueError: it is damaged."""
-    first, subject = block.first, block.subject
-    try:
-        return [
-            Record(first + mark % SPAN, _TYPES[mark // SPAN], subject, line)
-            for mark, line in zip(block.marks, block.lines.split(b"\n"), strict=True)
-        ]
-    except (IndexError, ValueError) as exc:
-        raise ValueError(f"the calls from {first} on are damaged") from exc
+    """The records of a block; where it is not known which line is whose, none of them is an event.
+
+    Raises:
+        DamagedBlock: it is not known which numbers it has.
+    """
+    numbers = block.numbers
+    lines = block.lines.split(b"\n") if isinstance(block.lines, bytes) else []
+    if len(lines) != len(numbers):
+        lines = [_UNREADABLE] * len(numbers)
+    return [
+        Record(number, _TYPES[mark // SPAN], block.subject, line)
+        for number, mark, line in zip(numbers, block.marks, lines, strict=True)
+    ]

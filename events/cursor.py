@@ -221,6 +221,7 @@ class Cursor(AsyncIterator[list[Record]]):
 
     Raises (from iteration):
         LogUnavailable: the database cannot be read now; a new cursor at `position` continues.
+        CorruptLog: what comes next is damaged.
     """
 
     def __init__(self, log: Readable, wakeups: Wakeups, after: int, chosen: Filter) -> None:

@@ -160,6 +160,8 @@ DATA_TYPES: dict[str, type[EventData]] = {
     )
 }
 EVENT_TYPES = tuple(DATA_TYPES)
+# What comes with calls and with what plugins write; all others tell of lifecycles, and are few.
+FREQUENT_TYPES = frozenset(kind.TYPE for kind in (CallStarted, CallFinished, CallProgress, PluginLog))
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):

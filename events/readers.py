@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from events import blocks
-from events.envelope import Gap
-from events.record import CorruptLog, Record
+from events.envelope import FREQUENT_TYPES, Gap
+from events.record import Record
 
 IDLE_READERS = 4
 
@@ -20,8 +20,8 @@ COLUMNS = "sequence, type, subject, json"
 GAP = f"type = '{Gap.TYPE}'"
 _NUMBERED = f"SELECT {COLUMNS} FROM events WHERE sequence > ? AND sequence <= ?"  # noqa: S608
 _BEFORE = f"SELECT {COLUMNS} FROM events WHERE sequence < ? ORDER BY sequence DESC LIMIT 1"  # noqa: S608
-_BLOCKS = f"SELECT {blocks.COLUMNS} FROM calls WHERE first > ? AND first <= ?"  # noqa: S608
-_UNITED = 100  # SELECTs in one; SQLite takes 500
+BLOCKS = f"SELECT {blocks.COLUMNS} FROM calls WHERE first > ? AND first <= ?"  # noqa: S608
+_UNITED = 400  # SELECTs in one; SQLite takes 500. For more plugins, all blocks are looked at
 
 _sequence = attrgetter("sequence")
 
@@ -59,45 +59,18 @@ class Readers:
         Raises sqlite3.Error.
         """
         wanted = _Wanted(after, until, limit, subjects, types)
+        found: list[Record] = []
+        # Of three snapshots: what comes meanwhile is past `until`; for what goes, who asks looks at the horizon.
         with self._connection() as reader:
             around = [Record(*row) for row in reader.execute(_BEFORE, (after,))]
-            found = _rows(reader, wanted)
             if types is None or not blocks.CALLS.isdisjoint(types):
-                found += self._calls(reader, wanted)
-                found.sort(key=_sequence)
+                found = _calls(reader, wanted)
+                if len(found) == limit:  # of the rows, too, nothing behind these is wanted
+                    wanted = wanted._replace(until=found[-1].sequence)
+            found += _rows(reader, wanted)
+            found.sort(key=_sequence)
         # A gap around `after` itself: its reader has to learn of it.
         return [*(gap for gap in around if after < gap.end), *found][:limit]
-
-    def _calls(self, reader: sqlite3.Connection, wanted: _Wanted) -> list[Record]:
-        """Of the blocks: at least the first `limit`, in no order."""
-        after, until, limit, subjects, types = wanted
-        bounds = (blocks.window(after + 1), until)
-        query, parameters = _BLOCKS, list[str | int](bounds)
-        if subjects is not None and len(subjects) <= _UNITED:
-            # One SELECT for each: SQLite merges what the index has in order, and reads no more than is asked for.
-            query = " UNION ALL ".join([f"{_BLOCKS} AND subject = ?"] * len(subjects)) or f"{_BLOCKS} AND FALSE"
-            parameters = [value for subject in subjects for value in (*bounds, subject)] or parameters
-        found: list[Record] = []
-        end = 0  # of the window
-        for row in reader.execute(f"{query} ORDER BY first", parameters):
-            block = blocks.Block(*row)
-            if block.first > end:  # what belongs before it is complete
-                if len(found) >= limit:
-                    break
-                end = blocks.window(block.first) + blocks.SPAN
-            if subjects is None or block.subject in subjects:
-                found += (
-                    record
-                    for record in self._unpacked(block)
-                    if after < record.sequence <= until and (types is None or record.type in types)
-                )
-        return found
-
-    def _unpacked(self, block: blocks.Block) -> list[Record]:
-        try:
-            return blocks.unpack(block)
-        except ValueError as exc:
-            raise CorruptLog(self._path, str(exc)) from exc
 
     def forget(self) -> None:
         """Use none of the present connections again."""
@@ -135,19 +108,46 @@ class Readers:
                 reader.close()
 
 
+def _calls(reader: sqlite3.Connection, wanted: _Wanted) -> list[Record]:
+    """Of the blocks: the first `limit`, in order."""
+    after, until, limit, subjects, types = wanted
+    bounds = (blocks.window(after + 1), until)
+    query, parameters = BLOCKS, list[str | int](bounds)
+    if subjects is not None and not subjects:
+        return []
+    if subjects is not None and len(subjects) <= _UNITED:
+        # One SELECT for each: SQLite merges what the index has in order, and reads no more than is asked for.
+        query = " UNION ALL ".join([f"{BLOCKS} AND subject = ?"] * len(subjects))
+        parameters = [value for subject in subjects for value in (*bounds, subject)]
+    found: list[Record] = []
+    end = 0  # of the window
+    for row in reader.execute(f"{query} ORDER BY first", parameters):
+        block = blocks.Block(*row)
+        if block.first > end:  # what belongs before it is complete
+            if len(found) >= limit:
+                break
+            end = blocks.window(block.first) + blocks.SPAN
+        if subjects is None or block.subject in subjects:
+            found += (
+                record
+                for record in blocks.unpack(block)
+                if after < record.sequence <= until and (types is None or record.type in types)
+            )
+    return sorted(found, key=_sequence)[:limit]
+
+
 def _rows(reader: sqlite3.Connection, wanted: _Wanted) -> list[Record]:
     """Of the events with rows of their own: the first `limit`, in order."""
     after, until, limit, subjects, types = wanted
     where = ""
     values: list[str] = []
-    if subjects is not None:
-        where = f" AND subject IN ({','.join('?' * len(subjects))})"
-        values += subjects
-    if types is not None:
-        # `+`: not by the index of types, where there is one by plugin; older logs have calls here.
-        column = "type" if subjects is None else "+type"
-        where += f" AND {column} IN ({','.join('?' * len(types))})"
-        values += types
+    # `+`: not by this index. Where one wants what is rare, the other one would find all that a busy plugin wrote.
+    rare = types is not None and FREQUENT_TYPES.isdisjoint(types)
+    columns = ("+subject", "type") if rare or subjects is None else ("subject", "+type")
+    for column, chosen in zip(columns, (subjects, types), strict=True):
+        if chosen is not None:
+            where += f" AND {column} IN ({','.join('?' * len(chosen))})"
+            values += chosen
     query = _NUMBERED
     parameters: list[str | int] = [after, until]
     if where:

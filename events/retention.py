@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from events.envelope import CallFinished, CallProgress, CallStarted, PluginLog, rfc3339
+from events.envelope import FREQUENT_TYPES, rfc3339
 from events.readers import COLUMNS
 from events.record import Record
 from events.store import Numbering, Store
 
-LET_GO = frozenset(kind.TYPE for kind in (CallStarted, CallFinished, CallProgress, PluginLog))
+LET_GO = FREQUENT_TYPES
 LIFECYCLE_EVENTS = 1_000_000
 ROWS = 500  # in one turn: a few milliseconds
 LOOK_EVERY_S = 60.0  # for events that have come of age, and after a failure
@@ -134,9 +134,12 @@ class Retention:
         if self._days is None:
             return 0
         oldest = rfc3339(max(0, time.time_ns() - int(self._days * DAY_NS)))
-        for record in self._store.read(first - 1, last, last - first + 1):
-            if _time_of(record) >= oldest:
-                return record.sequence - 1
+        while first <= last:
+            page = self._store.read(first - 1, last, ROWS)
+            for record in page:
+                if _time_of(record) >= oldest:
+                    return record.sequence - 1
+            first = page[-1].end + 1 if page else last + 1
         return last
 
     def _let_go(self, first: int, until: int, numbering: Numbering) -> None:

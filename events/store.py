@@ -25,7 +25,7 @@ import structlog
 
 from events import blocks
 from events.files import SIDE_FILES, identity, move_aside, sync_folder, take_lock
-from events.readers import COLUMNS, GAP, Readers
+from events.readers import BLOCKS, COLUMNS, GAP, Readers
 from events.record import CorruptLog, FileGone, Record, explain
 
 FORMAT = "holdfast-events"
@@ -114,7 +114,7 @@ class Store:
         if not tables:
             self._create(writer)
             sync_folder(self.path.parent)
-        elif "calls" not in tables:
+        elif self.meta("version") != VERSION:
             self._upgrade(writer)
         self.load_numbering()
         self.unclean = self._check()
@@ -127,8 +127,12 @@ class Store:
     def _check_format(self, tables: set[str]) -> None:
         if "meta" not in tables or self.meta("format") != FORMAT:
             raise CorruptLog(self.path, "it is a database of something else")
-        if self.meta("version") not in (*OLDER, VERSION) or "events" not in tables:
-            raise CorruptLog(self.path, f"its schema version is {self.meta('version')}, not {VERSION}")
+        version = self.meta("version")
+        if version not in (*OLDER, VERSION):
+            raise CorruptLog(self.path, f"its schema version is {version}, not {VERSION}")
+        needed = {"events"} if version in OLDER else {"events", "calls"}
+        if missing := needed - tables:
+            raise CorruptLog(self.path, f"it has no table `{missing.pop()}`")
 
     def _upgrade(self, writer: sqlite3.Connection) -> None:
         """To this version; what an older one kept stays as it is."""
@@ -214,8 +218,7 @@ class Store:
 
     def _begun(self, until: int) -> list[blocks.Block]:
         """The blocks of the window that `until` is in which begin up to there."""
-        query = f"SELECT {blocks.COLUMNS} FROM calls WHERE first > ? AND first <= ?"  # noqa: S608
-        return [blocks.Block(*row) for row in self.rows(query, blocks.window(until), until)]
+        return [blocks.Block(*row) for row in self.rows(BLOCKS, blocks.window(until), until)]
 
     def meta(self, key: str) -> object:
         """A value kept beside the events, or None."""
@@ -230,8 +233,8 @@ class Store:
         """Add records in one transaction: all or none, durable on return. Raises sqlite3.Error, OSError."""
         with self.transaction() as writer:
             rows, calls = blocks.pack(records)
-            _insert(writer, "events", [(r.sequence, r.type, r.subject, r.json) for r in rows])
-            _insert(writer, "calls", calls)
+            _insert(writer, f"events({COLUMNS})", [(r.sequence, r.type, r.subject, r.json) for r in rows])
+            _insert(writer, f"calls({blocks.COLUMNS})", calls)
 
     @contextlib.contextmanager
     def transaction(self, *, synced: bool = True) -> Iterator[sqlite3.Connection]:
@@ -253,10 +256,16 @@ class Store:
             raise
 
     def delete_calls(self, writer: sqlite3.Connection, until: int) -> None:
-        """Of all calls up to that number, inside a `transaction`; what a block has behind it stays."""
+        """Delete all calls up to that number, inside a `transaction`; what a block has behind it stays.
+
+        Invariant: no block has numbers on both sides of `complete_from`.
+        """
+        writer.execute("DELETE FROM calls WHERE first <= ?", (blocks.window(until),))  # not looked at
         cut = [record for block in self._begun(until) for record in blocks.unpack(block)]
         writer.execute("DELETE FROM calls WHERE first <= ?", (until,))
-        _insert(writer, "calls", blocks.pack(record for record in cut if record.sequence > until)[1])
+        _insert(
+            writer, f"calls({blocks.COLUMNS})", blocks.pack(record for record in cut if record.sequence > until)[1]
+        )
 
     def renumber(self, writer: sqlite3.Connection, numbering: Numbering) -> None:
         """Keep a changed numbering, inside a `transaction`."""
@@ -367,7 +376,7 @@ class Store:
 
 
 def _insert(writer: sqlite3.Connection, table: str, rows: Sequence[tuple[object, ...]]) -> None:
-    """Rows of four columns."""
+    """Rows of four columns, which `table` names."""
     for start in range(0, len(rows), INSERT_ROWS):
         part = rows[start : start + INSERT_ROWS]
         # Many in one statement: SQLite lets go of the GIL, and under busy threads each return of it can take 5 ms;

@@ -111,8 +111,7 @@ class Writer:
             if events is not None and not self._write_batch(events):
                 return False
             self._retention.turn(self._durable, self._snapshot_at, len(events or ()))
-            if len(self._backlog) < BATCH_EVENTS:
-                self._backlog.closing.wait(gather_s(len(events or ())))
+            self._backlog.gather(BATCH_EVENTS, gather_s(len(events or ())))
         return True
 
     def _write_batch(self, events: list[Event]) -> bool:

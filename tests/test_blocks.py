@@ -13,8 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from events.blocks import CALLS, SPAN, Block, pack, unpack, window
+from events.blocks import CALLS, SPAN, pack, unpack, window
+from events.bus import EventBus
+from events.envelope import CallStarted, Gap
 from events.log import CorruptLog, EventLog
+from events.projections import HealthProjection
 from events.record import Record
 from events.store import Numbering, Store
 
@@ -134,31 +137,72 @@ def test_calls_can_be_let_go_up_to_any_number(
 def test_calls_of_many_plugins_are_found_whether_few_are_asked_for_or_many(tmp_path: Path) -> None:
     with opened(tmp_path / "events.db") as store:
         store.append(records([(STARTED, f"plugin{number}") for number in range(1000)]))
-        for count in (0, 1, 99, 100, 101, 600):
+        for count in (0, 1, 399, 400, 401, 600):
             chosen = [f"plugin{number}" for number in range(count)]
             found = store.read(0, 1000, 1000, chosen, [STARTED])
             assert [record.subject for record in found] == chosen
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "UPDATE calls SET lines = x'7b7d'",
-        "UPDATE calls SET marks = x''",
-        "UPDATE calls SET marks = x'FFFFFFFFFF'",
-    ],
-    ids=["a line is missing", "no marks", "no such type"],
-)
-def test_a_damaged_block_is_named(tmp_path: Path, damage: str) -> None:
+def damaged(tmp_path: Path, *statements: str) -> Path:
+    """A log with 5 calls in one block, closed cleanly, then changed."""
     path = tmp_path / "events.db"
-    with opened(path) as store:
-        store.append(records([(STARTED, "a")] * 5))
+    with EventLog.open(path, source="test") as log:
+        bus = EventBus(HealthProjection())
+        bus.subscribe(log)
+        with log._changed:  # in one batch
+            for number in range(5):
+                bus.publish(CallStarted("read", str(number)), "ocr")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
-        raw.execute(damage)
-    with pytest.raises(CorruptLog, match=r"the calls from 1 on are damaged|numbers are missing"):
+        for statement in statements:
+            raw.execute(statement)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "marks = x''",
+        "marks = x'FFFFFFFFFF'",
+        "marks = x'0041014344'",
+        "marks = x'0403020100'",
+        "marks = x'0102030405'",
+        "first = 3, marks = x'000102033F'",
+        "marks = 12345",
+        "marks = 'abcde'",
+    ],
+    ids=[
+        "none",
+        "no such type",
+        "twice",
+        "falling",
+        "not at the first",
+        "beyond the window",
+        "a number",
+        "a text",
+    ],
+)
+def test_a_block_of_unknown_numbers_is_a_corrupt_log(tmp_path: Path, change: str) -> None:
+    path = damaged(tmp_path, f"UPDATE calls SET {change}")
+    with pytest.raises(CorruptLog, match=r"the calls from . on are damaged|numbers are missing|numbering begins"):
         EventLog.open(path, source="test").close()
 
 
-def test_a_block_cannot_hold_what_is_not_there() -> None:
-    with pytest.raises(ValueError, match="the calls from 7 on are damaged"):
-        unpack(Block(7, "a", b"\x00", b"{}\n{}"))
+@pytest.mark.parametrize("lines", ["x'7b7d'", "x''", "5", "CAST(lines AS TEXT)"])
+def test_what_cannot_be_read_of_a_block_is_replayed_as_gaps_and_counted(tmp_path: Path, lines: str) -> None:
+    path = damaged(tmp_path, f"UPDATE calls SET lines = {lines}")
+    with EventLog.open(path, source="test", ring=1) as log:
+        assert [record.json for record in log.page(0, 9)] == [b"null"] * 5
+        found = list(log.replay())
+        assert [(event.sequence, type(event.data)) for event in found] == [(number, Gap) for number in range(1, 6)]
+        assert log.faults["decode"].count == 5
+
+
+def test_retention_goes_past_what_cannot_be_read(tmp_path: Path) -> None:
+    path = damaged(tmp_path, "UPDATE calls SET lines = x''")
+    with EventLog.open(path, source="test", retain_days=1e-9) as log:
+        bus = EventBus(HealthProjection(), last=5)
+        bus.subscribe(log)
+        bus.publish(CallStarted("read", "6"), "ocr")
+        with log._changed:
+            assert log._changed.wait_for(lambda: log.first > 5, 20.0) or log.first > 5
+        assert "retention" not in log.faults

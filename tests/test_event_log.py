@@ -24,6 +24,7 @@ import events.readers
 import events.store
 import events.writer
 from events import blocks
+from events.backlog import Backlog
 from events.bus import EventBus
 from events.cursor import Filter
 from events.envelope import (
@@ -337,6 +338,19 @@ def test_pages_are_in_order_bounded_and_filtered(path: Path, ring: int) -> None:
         assert log.page(0, 9, subject="nobody") == []
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One for each ten steps that SQLite's machine takes from now on to read."""
+    looks: list[None] = []
+
+    def connect(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = sqlite3.connect(*args, **options)
+        connection.set_progress_handler(lambda: looks.append(None), 10)
+        return connection
+
+    monkeypatch.setattr(events.readers, "sqlite3", SimpleNamespace(connect=connect, Connection=sqlite3.Connection))
+    return looks
+
+
 @pytest.mark.parametrize(
     ("chosen", "found"),
     [
@@ -344,8 +358,9 @@ def test_pages_are_in_order_bounded_and_filtered(path: Path, ring: int) -> None:
         (Filter.of(None, ["plugin.log"]), [20_004]),
         (Filter.of(["new"], None), [20_005]),
         (Filter.of(["new"], ["plugin.call.started"]), [20_005]),
+        (Filter.of(["ocr"], ["plugin.restarted"]), [2, 20_003]),
     ],
-    ids=["a kind", "log lines", "a plugin", "its calls"],
+    ids=["a kind", "log lines", "a plugin", "its calls", "a kind of a busy plugin"],
 )
 def test_what_is_rare_is_found_without_a_look_at_each_of_many_calls(
     path: Path, monkeypatch: pytest.MonkeyPatch, chosen: Filter, found: list[int]
@@ -360,16 +375,7 @@ def test_what_is_rare_is_found_without_a_look_at_each_of_many_calls(
         publish(bus, 1, "new")
         publish(bus, 8)
         assert log.flush(LONG_S)
-        looks: list[None] = []  # one for each ten steps of SQLite's machine
-
-        def connect(*args: Any, **options: Any) -> sqlite3.Connection:
-            connection: sqlite3.Connection = sqlite3.connect(*args, **options)
-            connection.set_progress_handler(lambda: looks.append(None), 10)
-            return connection
-
-        monkeypatch.setattr(
-            events.readers, "sqlite3", SimpleNamespace(connect=connect, Connection=sqlite3.Connection)
-        )
+        looks = watched(monkeypatch)
         assert numbers(log.read(0, 9, chosen).records) == found
         assert len(looks) < 30, "each block of those between takes several steps"
         looks.clear()
@@ -413,6 +419,54 @@ def test_an_upgrade_that_is_interrupted_is_made_at_the_next_start(
             open_log(path)
     with open_log(path) as log:
         assert list(log.replay()) == kept
+
+
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        (["plugin.call.started"], [1, 5, 9]),
+        (["plugin.call.started", "plugin.call.finished"], [1, 4, 5]),
+        (["plugin.restarted"], [20_001]),
+        (["plugin.restarted", "worker.exited", "gap"], [20_001]),
+        (["worker.exited"], []),
+    ],
+)
+def test_what_a_plugin_writes_between_its_calls_is_not_looked_at(
+    path: Path, monkeypatch: pytest.MonkeyPatch, kinds: list[str], found: list[int]
+) -> None:
+    with open_log(path, ring=4) as log:
+        bus = bus_of(log)
+        line = PluginLog("log", "info", "line")
+        for number in range(5000):
+            for data in CallStarted("t", f"r{number}"), line, line, CallFinished("t", f"r{number}", True, 1.0):
+                bus.publish(data, "ocr")
+        bus.publish(Restarted(2), "ocr")
+        publish(bus, 10, "yolo")
+        assert log.flush(LONG_S)
+        looks = watched(monkeypatch)
+        assert numbers(log.read(0, 3, Filter.of(["ocr"], kinds)).records) == found
+        assert len(looks) < 30
+        assert len(log.read(0, 30_000, Filter.of(["ocr"], ["plugin.log"])).records) == 10_000
+        assert len(looks) > 1000, "that is how many there are to see"
+
+
+def test_events_gather_no_longer_than_there_is_room_for_them() -> None:
+    backlog = Backlog(100, 0)
+
+    def offer() -> None:
+        for number in range(1, 51):
+            backlog.offer(Event(number, 0, "ocr", CallStarted("t", "r")))
+
+    offering = threading.Thread(target=offer)
+    began_s = time.monotonic()
+    offering.start()
+    backlog.gather(4096, LONG_S)  # returns as soon as half of what may wait is there
+    assert time.monotonic() - began_s < LONG_S
+    assert len(backlog) == 50
+    offering.join()
+    backlog.close()
+    backlog.gather(4096, LONG_S)
+    assert time.monotonic() - began_s < LONG_S
 
 
 def test_a_log_opens_and_is_read_though_its_index_cannot_be_made(
