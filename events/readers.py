@@ -65,7 +65,7 @@ class Readers:
             around = [Record(*row) for row in reader.execute(_BEFORE, (after,))]
             if types is None or not blocks.CALLS.isdisjoint(types):
                 found = _calls(reader, wanted)
-                if len(found) == limit:  # of the rows, too, nothing behind these is wanted
+                if found and len(found) == limit:  # of the rows, too, nothing behind these is wanted
                     wanted = wanted._replace(until=found[-1].sequence)
             found += _rows(reader, wanted)
             found.sort(key=_sequence)

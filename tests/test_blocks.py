@@ -80,7 +80,7 @@ def test_a_block_has_what_was_put_into_it_and_keeps_to_its_window(
     st.sets(st.integers(1, 400), max_size=5),
     st.integers(-5, 410),
     st.integers(0, 410),
-    st.integers(1, 500),
+    st.integers(0, 500),
     st.none() | st.sets(st.sampled_from(["a", "b", "c", "none"])),
     st.none() | st.sets(st.sampled_from([STARTED, FINISHED, "plugin.log", "plugin.progress"])),
 )
