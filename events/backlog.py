@@ -127,9 +127,12 @@ class Backlog:
         """Let events gather for so long; not when `limit` of them are there, half of what may wait, or the end."""
         enough_bytes = min(limit, self._limit // 2) * EVENT_BYTES
         with self.changed:
-            self._wake_bytes = enough_bytes
-            self.changed.wait_for(lambda: self.closing.is_set() or self._waiting_bytes >= enough_bytes, wait_s)
+            self.changed.wait_for(lambda: self._has_gathered(enough_bytes), wait_s)
             self._wake_bytes = math.inf
+
+    def _has_gathered(self, enough_bytes: int) -> bool:
+        self._wake_bytes = enough_bytes  # each wake-up takes it back
+        return self.closing.is_set() or self._gap is not None or self._waiting_bytes >= enough_bytes
 
     def _has_work(self) -> bool:
         return bool(self._waiting) or self._gap is not None or self.closing.is_set()

@@ -26,13 +26,17 @@ SPAN = 64
 _TYPES = (CallStarted.TYPE, CallFinished.TYPE)  # by the upper bits of a mark
 _MARKS = {name: index * SPAN for index, name in enumerate(_TYPES)}
 CALLS = frozenset(_TYPES)
-_UNREADABLE = b"null"  # JSON, and no event
+UNREADABLE = b"null"  # JSON, and no event
 
 
 class DamagedBlock(sqlite3.DatabaseError):
     """A block is not as it was written: as if SQLite had said so of its page."""
 
     sqlite_errorname = "SQLITE_CORRUPT"
+
+    def __init__(self, first: int) -> None:
+        super().__init__(f"the calls from {first} on are damaged")
+        self.first = first
 
 
 class Block(NamedTuple):
@@ -52,7 +56,7 @@ class Block(NamedTuple):
             rising = all(before < after for before, after in pairwise(numbers))
             if rising and numbers[0] == self.first and window(numbers[-1]) == window(self.first):
                 return numbers
-        raise DamagedBlock(f"the calls from {self.first} on are damaged")
+        raise DamagedBlock(self.first)
 
     @property
     def last(self) -> int:
@@ -95,7 +99,7 @@ def unpack(block: Block) -> list[Record]:
     numbers = block.numbers
     lines = block.lines.split(b"\n") if isinstance(block.lines, bytes) else []
     if len(lines) != len(numbers):
-        lines = [_UNREADABLE] * len(numbers)
+        lines = [UNREADABLE] * len(numbers)
     return [
         Record(number, _TYPES[mark // SPAN], block.subject, line)
         for number, mark, line in zip(numbers, block.marks, lines, strict=True)

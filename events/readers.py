@@ -6,12 +6,13 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Collection, Iterator
+from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from events import blocks
-from events.envelope import FREQUENT_TYPES, Gap
+from events.envelope import Gap
 from events.record import Record
 
 IDLE_READERS = 4
@@ -139,18 +140,22 @@ def _calls(reader: sqlite3.Connection, wanted: _Wanted) -> list[Record]:
 def _rows(reader: sqlite3.Connection, wanted: _Wanted) -> list[Record]:
     """Of the events with rows of their own: the first `limit`, in order."""
     after, until, limit, subjects, types = wanted
-    where = ""
-    values: list[str] = []
-    # `+`: not by this index. Where one wants what is rare, the other one would find all that a busy plugin wrote.
-    rare = types is not None and FREQUENT_TYPES.isdisjoint(types)
-    columns = ("+subject", "type") if rare or subjects is None else ("subject", "+type")
-    for column, chosen in zip(columns, (subjects, types), strict=True):
-        if chosen is not None:
-            where += f" AND {column} IN ({','.join('?' * len(chosen))})"
-            values += chosen
-    query = _NUMBERED
-    parameters: list[str | int] = [after, until]
-    if where:
-        query = f"{_NUMBERED}{where} AND NOT {GAP} UNION ALL {_NUMBERED} AND {GAP}"
-        parameters = [after, until, *values, after, until]
+    bounds = (after, until)
+    kinds = None if types is None else set(types) - {Gap.TYPE}
+    filters = [(column, list(of)) for column, of in (("subject", subjects), ("type", kinds)) if of is not None]
+    query, parameters = _NUMBERED, list[str | int](bounds)
+    if filters:
+        # As in `_calls`, by an index each. A gap is of no plugin, and in none of these.
+        each: list[tuple[str, ...]] = list(product(*(of for _, of in filters)))
+        if len(each) <= _UNITED:
+            selects = [_NUMBERED + "".join(f" AND {column} = ?" for column, _ in filters)] * len(each)
+            parameters = []
+            for values in each:
+                parameters += [*bounds, *values]
+        else:
+            wanted_of = (f" AND {column} IN ({','.join('?' * len(of))})" for column, of in filters)
+            selects = [_NUMBERED + "".join(wanted_of)]
+            parameters = [*bounds, *(value for _, of in filters for value in of)]
+        query = " UNION ALL ".join([*selects, f"{_NUMBERED} AND {GAP}"])
+        parameters += bounds
     return [Record(*row) for row in reader.execute(f"{query} ORDER BY sequence LIMIT ?", (*parameters, limit))]

@@ -9,6 +9,7 @@ import sqlite3
 import time
 
 from events.backlog import Backlog, LogClosed
+from events.blocks import UNREADABLE
 from events.cursor import Filter, Page, Ring
 from events.envelope import Event, Gap, encode
 from events.record import Record, explain
@@ -28,6 +29,8 @@ class Reading:
 
     def read(self, after: int, limit: int, chosen: Filter) -> Page:
         """Up to `limit` records after number `after`, and the number up to which the reader knows everything."""
+        if limit < 1:
+            return Page([], after)
         if (notice := self.notice(after, chosen)) is not None:
             return Page([notice], notice.sequence)
         return self.read_recent(after, limit, chosen) or self.read_stored(after, limit, chosen)
@@ -52,6 +55,7 @@ class Reading:
         if (horizon := self._horizon(chosen)) > after:
             notice = self._gap(after, horizon, chosen)
             return Page([notice], notice.sequence)
+        records = [self._unreadable(record) if record.json == UNREADABLE else record for record in records]
         return Page(records, records[-1].end if len(records) >= limit else durable)
 
     def notice(self, after: int, chosen: Filter) -> Record | None:
@@ -73,6 +77,12 @@ class Reading:
         if not chosen.lasting:
             why += " in full: calls and log lines were let go; ask for lifecycle types to read the others"
         return self._record(horizon, Gap(max(after, 0) + 1, horizon, why))
+
+    def _unreadable(self, record: Record) -> Record:
+        number = record.sequence
+        return self._record(
+            number, Gap(number, number, f"event {number} is unreadable: the log's file is damaged")
+        )
 
     def _record(self, number: int, gap: Gap) -> Record:
         event = Event(number, time.time_ns(), None, gap)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
+from events import blocks
 from events.envelope import FREQUENT_TYPES, rfc3339
 from events.readers import COLUMNS
 from events.record import Record
@@ -135,11 +136,16 @@ class Retention:
             return 0
         oldest = rfc3339(max(0, time.time_ns() - int(self._days * DAY_NS)))
         while first <= last:
-            page = self._store.read(first - 1, last, ROWS)
+            until = last
+            try:
+                page = self._store.read(first - 1, until, ROWS)
+            except blocks.DamagedBlock as exc:  # nobody knows its age: it goes with what is before and after it
+                until = blocks.window(exc.first) + blocks.SPAN
+                page = self._store.read(first - 1, blocks.window(exc.first), ROWS)
             for record in page:
                 if _time_of(record) >= oldest:
                     return record.sequence - 1
-            first = page[-1].end + 1 if page else last + 1
+            first = page[-1].end + 1 if len(page) == ROWS else until + 1
         return last
 
     def _let_go(self, first: int, until: int, numbering: Numbering) -> None:

@@ -58,6 +58,7 @@ _SCHEMA = (
 _INDEX = (
     "DROP INDEX IF EXISTS events_but_calls_by_type",
     "CREATE INDEX IF NOT EXISTS events_by_type ON events(type)",
+    "CREATE INDEX IF NOT EXISTS events_by_subject_and_type ON events(subject, type)",
 )
 _GAPS = f"SELECT {COLUMNS} FROM events WHERE {GAP}"  # noqa: S608
 
@@ -258,14 +259,14 @@ class Store:
     def delete_calls(self, writer: sqlite3.Connection, until: int) -> None:
         """Delete all calls up to that number, inside a `transaction`; what a block has behind it stays.
 
-        Invariant: no block has numbers on both sides of `complete_from`.
+        Invariant: no block has numbers on both sides of `complete_from`. One that is damaged may, until it goes.
         """
         writer.execute("DELETE FROM calls WHERE first <= ?", (blocks.window(until),))  # not looked at
-        cut = [record for block in self._begun(until) for record in blocks.unpack(block)]
-        writer.execute("DELETE FROM calls WHERE first <= ?", (until,))
-        _insert(
-            writer, f"calls({blocks.COLUMNS})", blocks.pack(record for record in cut if record.sequence > until)[1]
-        )
+        for block in self._begun(until):
+            with contextlib.suppress(blocks.DamagedBlock):  # it goes with its window, then
+                rest = [record for record in blocks.unpack(block) if record.sequence > until]
+                writer.execute("DELETE FROM calls WHERE first = ?", (block.first,))
+                _insert(writer, f"calls({blocks.COLUMNS})", blocks.pack(rest)[1])
 
     def renumber(self, writer: sqlite3.Connection, numbering: Numbering) -> None:
         """Keep a changed numbering, inside a `transaction`."""

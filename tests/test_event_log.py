@@ -406,7 +406,7 @@ def test_a_log_of_version_1_is_read_and_goes_on(path: Path, index: str) -> None:
             assert numbers(log.page(0, 9, subject="ocr", type="plugin.restarted")) == [100]
     with contextlib.closing(sqlite3.connect(path)) as raw:
         indexes = {name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
-    assert indexes == {"events_by_subject", "events_by_type", "calls_by_subject"}
+    assert indexes == {"events_by_subject", "events_by_type", "events_by_subject_and_type", "calls_by_subject"}
 
 
 def test_an_upgrade_that_is_interrupted_is_made_at_the_next_start(
