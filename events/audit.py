@@ -26,12 +26,12 @@ from typing import Any
 import msgspec
 import structlog
 
+from events import pace
 from events.audit_lines import Chain, Emitter
 from events.audit_verify import NOTHING, AuditReport, digest, parse, verify
 from events.bus import Fault
 from events.envelope import Event, Gap
 from events.log import Batch, CorruptLog, EventLog, LogClosed, LogUnavailable
-from events.pace import parts
 
 __all__ = ["AuditLog", "AuditReport", "AuditState", "verify"]
 
@@ -124,7 +124,7 @@ class AuditLog:
         with self._lock, self._noting_faults():
             self._ready()
             if self._last + 1 == batch.events[0].sequence:
-                self._write((batch.events[part], batch.times[part]) for part in parts(len(batch.events)))
+                self._write((batch.events[part], batch.times[part]) for part in pace.parts(len(batch.events)))
                 return
             for missing in self._missing(CATCH_UP_EVENTS):
                 self._write([(missing, [event.time for event in missing])])

@@ -1,7 +1,7 @@
 """Calls as the log's file has them: in blocks, many to a row.
 
-Nearly all events are of calls. A row for each, with its entries in the indexes, takes SQLite longer than all that
-is done for an event before. So what a batch brings of one plugin's calls within a window of numbers is one row:
+Nearly all events are of calls. A row for each, with its entries in the indexes, takes SQLite nearly as long as all
+else that is done for an event. So what a batch brings of one plugin's calls within a window of numbers is one row:
 
     first     the number of the first
     subject   the plugin

@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from events import blocks
-from events.envelope import FREQUENT_TYPES, rfc3339
+from events.envelope import CallFinished, CallProgress, CallStarted, PluginLog, rfc3339
 from events.readers import COLUMNS
 from events.record import Record
 from events.store import Numbering, Store
 
-LET_GO = FREQUENT_TYPES
+LET_GO = frozenset(kind.TYPE for kind in (CallStarted, CallFinished, CallProgress, PluginLog))
 LIFECYCLE_EVENTS = 1_000_000
 ROWS = 500  # in one turn: a few milliseconds
 LOOK_EVERY_S = 60.0  # for events that have come of age, and after a failure
@@ -140,6 +140,7 @@ class Retention:
             try:
                 page = self._store.read(first - 1, until, ROWS)
             except blocks.DamagedBlock as exc:  # nobody knows its age: it goes with what is before and after it
+                self._note_fault("damaged", exc)
                 until = blocks.window(exc.first) + blocks.SPAN
                 page = self._store.read(first - 1, blocks.window(exc.first), ROWS)
             for record in page:
@@ -152,11 +153,13 @@ class Retention:
         before = f"SELECT {COLUMNS} FROM events WHERE sequence <= ? ORDER BY sequence DESC LIMIT 1"  # noqa: S608
         until = max([until, *(Record(*row).end for row in self._store.rows(before, until))])  # a gap stays whole
         with self._moving_to(Numbering(numbering.kept_from, until + 1, numbering.kept_below)) as writer:
-            self._store.delete_calls(writer, until)
+            damaged = self._store.delete_calls(writer, until)
             writer.execute(f"DELETE {_RANGE} AND type IN ({_TYPES})", (first, until))
             [(kept,)] = writer.execute(f"SELECT count(*) {_RANGE}", (first, until)).fetchall()
             after = Numbering(numbering.kept_from, until + 1, numbering.kept_below + kept)
             self._store.renumber(writer, after)
+        for exc in damaged:
+            self._note_fault("damaged", exc)
         self._vacuum = True
 
     def _let_go_of_lifecycle(self, count: int, numbering: Numbering) -> None:

@@ -256,17 +256,23 @@ class Store:
                 writer.execute("ROLLBACK")
             raise
 
-    def delete_calls(self, writer: sqlite3.Connection, until: int) -> None:
+    def delete_calls(self, writer: sqlite3.Connection, until: int) -> list[blocks.DamagedBlock]:
         """Delete all calls up to that number, inside a `transaction`; what a block has behind it stays.
 
-        Invariant: no block has numbers on both sides of `complete_from`. One that is damaged may, until it goes.
+        Invariant: no block has numbers on both sides of `complete_from`. One that is damaged may: it is returned,
+        and goes once its window does.
         """
+        damaged = []
         writer.execute("DELETE FROM calls WHERE first <= ?", (blocks.window(until),))  # not looked at
         for block in self._begun(until):
-            with contextlib.suppress(blocks.DamagedBlock):  # it goes with its window, then
+            try:
                 rest = [record for record in blocks.unpack(block) if record.sequence > until]
-                writer.execute("DELETE FROM calls WHERE first = ?", (block.first,))
-                _insert(writer, f"calls({blocks.COLUMNS})", blocks.pack(rest)[1])
+            except blocks.DamagedBlock as exc:
+                damaged.append(exc)
+                continue
+            writer.execute("DELETE FROM calls WHERE first = ?", (block.first,))
+            _insert(writer, f"calls({blocks.COLUMNS})", blocks.pack(rest)[1])
+        return damaged
 
     def renumber(self, writer: sqlite3.Connection, numbering: Numbering) -> None:
         """Keep a changed numbering, inside a `transaction`."""

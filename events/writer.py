@@ -16,9 +16,9 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from events import pace
 from events.backlog import Backlog
 from events.envelope import CallFinished, CallProgress, Event, Gap, encode, encode_all
-from events.pace import gather_s, parts
 from events.projections import HealthProjection
 from events.record import CorruptLog, LogUnavailable, Record, explain
 from events.retention import Retention
@@ -111,13 +111,13 @@ class Writer:
             if events is not None and not self._write_batch(events):
                 return False
             self._retention.turn(self._durable, self._snapshot_at, len(events or ()))
-            self._backlog.gather(BATCH_EVENTS, gather_s(len(events or ())))
+            self._backlog.gather(BATCH_EVENTS, pace.gather_s(len(events or ())))
         return True
 
     def _write_batch(self, events: list[Event]) -> bool:
         """Encode and fold them, make them durable, hand them on. False: the closing deadline came first."""
         batch = Batch([], [], [])
-        for part in parts(len(events)):
+        for part in pace.parts(len(events)):
             self._encode(events[part], batch)
         if not self._write(batch.records):
             return False

@@ -23,7 +23,6 @@ import pytest
 import events.readers
 import events.store
 import events.writer
-from events import blocks
 from events.backlog import Backlog
 from events.bus import EventBus
 from events.cursor import Filter
@@ -79,12 +78,11 @@ def publish_at_once(log: EventLog, bus: EventBus, count: int) -> list[Event]:
 
 def let_go(path: Path, until: int) -> None:
     """As retention did before it kept anything below its horizon."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
-        [row] = raw.execute("SELECT * FROM calls")
-        rest = [record for record in blocks.unpack(blocks.Block(*row)) if record.sequence > until]
-        raw.execute("DELETE FROM calls")
-        raw.execute("INSERT INTO calls VALUES (?, ?, ?, ?)", blocks.pack(rest)[1][0])
-        raw.execute("UPDATE meta SET value = ? WHERE key = 'kept_from'", (until + 1,))
+    store = Store(path)
+    with store.transaction() as writer:
+        store.delete_calls(writer, until)
+        store.put_meta("kept_from", until + 1)
+    store.close(clean=True)
 
 
 def of_version_1(path: Path, index: str) -> list[Event]:
