@@ -56,10 +56,10 @@ $(PY):
 	@sh .ci/venv $(VENV)
 
 # Invariant: .venv/.ready-A-B exists iff the extras A and B are installed by the present lock and pyproject.toml.
-# Built without isolation, so that the lock pins the build too.
+# Built without isolation, so that the lock pins the build too; setuptools is for what comes as source only.
 $(VENV)/.ready-%: $(LOCK) pyproject.toml | $(PY)
 	@echo "installing holdfast [$(subst -,$(comma) ,$*)] into $(VENV)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c $(LOCK) hatchling editables
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c $(LOCK) hatchling editables setuptools
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(LOCK) -e '.[$(subst -,$(comma),$*)]'
 	@touch $@
 
@@ -67,6 +67,6 @@ $(VENV)/.ready-%: $(LOCK) pyproject.toml | $(PY)
 $(BENCH)/.ready: benchmarks/requirements.txt $(LOCK) pyproject.toml
 	@echo "installing holdfast and its peers into $(BENCH)"
 	@test -x $(BENCH)/bin/python || sh .ci/venv $(BENCH)
-	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -r benchmarks/requirements.txt hatchling editables
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -r benchmarks/requirements.txt hatchling editables setuptools
 	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(LOCK) -e '.[vision]'
 	@touch $@
