@@ -381,7 +381,7 @@ FRAMES = st.one_of(
     st.sampled_from(
         [
             wire.frame(wire.Hello(1, 2, 3)),
-            wire.frame(wire.Stage("import")),
+            wire.frame(wire.StartFailed("import", "exception", "E", "m", "")),
             wire.frame(wire.Ready({})),
             wire.frame(wire.Began(1)),
             wire.frame(wire.Progress(1, float("nan"), 2)),
@@ -423,7 +423,7 @@ def test_no_bytes_from_a_worker_break_the_engines_end_of_the_channel(frames: lis
 
 
 @given(
-    st.lists(st.sampled_from([wire.Stage("init"), wire.Began(7), wire.Item(7, msgspec.Raw(b"\x01"))]), max_size=6),
+    st.lists(st.sampled_from([wire.Progress(7, 1.0, 2.0), wire.Began(7), wire.Item(7, msgspec.Raw(b"\x01"))]), max_size=6),
     st.data(),
 )
 def test_messages_arrive_whole_and_in_order_however_the_bytes_are_cut(messages: list[Any], data: Any) -> None:

@@ -157,9 +157,7 @@ def test_a_rehearsal_ends_as_soon_as_the_start_is_wanted_and_leaves_no_trace(
     before = [list(sys.path), list(sys.modules)]
     asked = iter([*[False] * after, True])
     assert load.rehearsed(lambda: next(asked)) == ""
-    assert len(list(asked)) == (0 if after < 6 else after - 5), (
-        "before it begins, at each of four stages, and when it is ready"
-    )
+    assert len(list(asked)) == (0 if after < 5 else after - 4), "before it begins, and at each of four stages"
     assert [list(sys.path), list(sys.modules)] == before
 
 

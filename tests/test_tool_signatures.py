@@ -41,6 +41,8 @@ class Plugin:
         b = c = a
         return b + c
     def text(self, a: "int", b: "pathlib.Path | None" = None) -> "list[int]": ...
+    def text_of_none(self, a: "None", b: "dict[str, None] | None" = None) -> "None": ...
+    def old_text(self, a: "typing.Optional[int]", b: "typing.Any" = 1) -> "typing.Iterator[int]": ...
     def nested_text(self, a: list["int"]) -> int: ...
     def old(self, a: typing.Optional[int], b: typing.Annotated[int, "b"] = 1) -> typing.Iterator[int]: ...
     def generator(self, a: int) -> typing.Any: yield a
@@ -86,7 +88,10 @@ def test_progress_is_no_argument_whatever_its_default() -> None:
     assert list(bound.hints) == ["a", "b"]
 
 
-@pytest.mark.parametrize("name", ["plain", "generic", "local", "of_class", "generator", "none", "any", "array"])
+PLAIN_NAMES = ["plain", "generic", "local", "of_class", "generator", "none", "any", "array", "text", "text_of_none"]
+
+
+@pytest.mark.parametrize("name", PLAIN_NAMES)
 def test_what_is_plain_is_read_without_inspect(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was asked")
@@ -94,6 +99,15 @@ def test_what_is_plain_is_read_without_inspect(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(inspect, "signature", never)
     monkeypatch.setattr(typing, "get_type_hints", never)
     tools.bind(name, getattr(PLUGIN, name), ())
+
+
+@pytest.mark.parametrize("hint", ["Nowhere", "int +", "1 / 0", "list[Nowhere]"])
+def test_a_hint_that_does_not_resolve_is_refused_by_what_python_says_of_it(hint: str) -> None:
+    def work(self: object, a: int) -> None: ...
+
+    work.__annotations__["a"] = hint
+    with pytest.raises(signature.ToolInvalid, match="the type hints of `work` do not resolve: "):
+        tools.bind("work", work.__get__(PLUGIN), ())
 
 
 def collects(self: object, *names: int) -> None: ...

@@ -55,6 +55,18 @@ READY = {
     "the schema of a tool is no JSON": wire.Ready({"work": wire.ToolInfo("{")}),
     "the schema of a tool is no object": wire.Ready({"work": wire.ToolInfo("[]")}),
 }
+# What a worker notes of how far it came lies behind its results, where a plugin can write as well.
+NOTES = """
+import os, struct
+ARENA_OUT = 104
+def note(number): os.pwrite(ARENA_OUT, struct.pack("<Q", number), os.fstat(ARENA_OUT).st_size - 64)
+class Plugin:
+    def __init__(self, context):
+        %s
+        os._exit(3)
+    def validate(self): ...
+    def work(self): ...
+"""
 EXITS = """
 import os
 class Plugin:
@@ -80,6 +92,41 @@ async def test_a_worker_that_lies_about_its_tools_is_in_breach(plugins: Path, da
             health = engine.health(f"liar_{number}")
             assert (health.state, health.reason_code) == ("FAILED", "protocol_error")
             assert words in (health.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("does", "doing"),
+    [
+        ("pass", "during __init__"),
+        ("note(3)", "during validate()"),  # it may lie about itself, and nobody is led to more than that
+        ("note(0)", "during its start"),
+        ("note(5)", "during its start"),
+        ("note(2**64 - 1)", "during its start"),
+        ("os.close(ARENA_OUT)", "during __init__"),
+    ],
+)
+async def test_how_far_a_start_came_is_read_from_what_the_worker_noted(
+    does: str, doing: str, plugins: Path, data_dir: Path
+) -> None:
+    write_plugin(plugins, "notes", NOTES % does, ["work"])
+    async with hosting(plugins, data_dir) as engine:
+        health = engine.health("notes")
+        assert (health.state, health.reason_code) == ("FAILED", "worker_exit")
+        assert f"status 3 {doing}" in (health.reason or "")
+
+
+async def test_a_plugin_that_closed_its_arena_is_started_all_the_same(plugins: Path, data_dir: Path) -> None:
+    code = """
+    import os
+    os.close(104)
+    class Plugin:
+        def __init__(self, context): ...
+        def validate(self): ...
+        def work(self) -> int: return 1
+    """
+    write_plugin(plugins, "closes", code, ["work"])
+    async with hosting(plugins, data_dir) as engine:
+        assert (await engine.run("closes", "work")).value == 1
 
 
 async def test_a_worker_that_sends_more_plain_values_than_fit_is_in_breach(plugins: Path, data_dir: Path) -> None:

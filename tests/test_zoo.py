@@ -151,7 +151,7 @@ TABLE = [
     speak("swallows_its_answer", "a frame that is no message"),
     speak("greets_again", "it sent Hello out of turn"),
     speak("is_ready_again", "it sent Ready out of turn"),
-    speak("goes_back_to_its_start", "it sent Stage out of turn"),
+    speak("goes_back_to_its_start", "it sent StartFailed out of turn"),
     speak("speaks_of_another_call", "it spoke of call 77, which does not run"),
     speak("answers_before_it_began", "it spoke of call 2, which does not run"),
     after("answers_twice", "protocol_error", "it spoke of call 1, which does not run", folder=CHANNEL),

@@ -5,7 +5,7 @@
       │  Fork (fork server) ──────────────────▶ forked, confined
       │◀───────────────────────────── Hello ────┤ makes its scratch folder, contains itself
       ├── Go ─────────────────────────────────▶ import, __init__, validate
-      │◀──────────── Stage… Ready | StartFailed ┤
+      │◀──────────── ──────── Ready | StartFailed ┤
       ├── Call ───────────────────────────────▶ check arguments, run the tool
       │◀─ Began? Progress… Item… Result | Failed┤
       └── close ──────────────────────────────▶ atexit, exit
@@ -135,7 +135,6 @@ class Worker:
         self._started: asyncio.Future[wire.Ready | wire.StartFailed | Verdict] = self._loop.create_future()
         self._died = asyncio.Event()  # the process has; the verdict comes later
         self._dead: asyncio.Future[Verdict] = self._loop.create_future()
-        self._stage = ""
         self._main_thread = 0
         self._ending: Ending | None = None
         self._breach = ""
@@ -222,9 +221,9 @@ class Worker:
                 self._channel.write(unsent)
             self._arena_in = arena.Arena(arena_in, writable=True)
             opened.callback(self._arena_in.release)
-            results = arena.Arena(arena_out, writable=False)
-            opened.callback(results.release)
-            self.calls = Calls(self, self._channel, self._arena_in, results)
+            self._arena_out = arena.Arena(arena_out, writable=False)
+            opened.callback(self._arena_out.release)
+            self.calls = Calls(self, self._channel, self._arena_in, self._arena_out)
             self._output = Output(output, self._on_output, self._spec.log_lines_per_s)
             opened.callback(self._output.close)
             self._loop.add_reader(self._spawned.pidfd, self._died.set)
@@ -413,16 +412,12 @@ class Worker:
         return 0, False
 
     def _evidence(self, oom_kills: int, at_limit: bool, lost: str) -> Evidence:
-        if (running := self.calls.running) is not None:
-            doing = f"`{running.call.tool}`"
-        else:
-            doing = "" if self._started.done() else stage_name(self._stage) or "its start"
         full_bytes = shm.full_bytes(self.shm_fd)
         self.memory_peak_bytes = max(self.memory_peak_bytes, full_bytes)
         self.memory_shared_bytes = max(self.memory_shared_bytes, full_bytes)
         return Evidence(
             folder=self._spec.start.folder,
-            doing=doing,
+            doing=self._doing(),
             ending=self._ending,
             known=self._known,
             breach=self._breach,
@@ -441,6 +436,14 @@ class Worker:
             main_thread=self._main_thread,
             output_tail=self._output.tail(),
         )
+
+    def _doing(self) -> str:
+        if (running := self.calls.running) is not None:
+            return f"`{running.call.tool}`"
+        if self._started.done():
+            return ""
+        entered = self._arena_out.note
+        return stage_name(wire.STAGES[entered - 1]) if 0 < entered <= len(wire.STAGES) else "its start"
 
     def _death(self, status: ExitStatus, evidence: Evidence, judged: Verdict) -> Death | None:
         """What is kept of it; None where the plugin is not to blame."""
@@ -487,8 +490,6 @@ class Worker:
             case wire.LogLine(level=level, message=line):
                 if (dropped := self._log_rate.admit()) is not None:
                     self._observer.log_line("log", level, line, dropped)
-            case wire.Stage(name=name) if not self._started.done():
-                self._stage = name
             case wire.Hello() if not self._greeted:
                 self._on_hello(message)
             case wire.Ready() | wire.StartFailed() if self._greeted and not self._started.done():

@@ -18,7 +18,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import msgpack
 
-PROTOCOL = 3
+PROTOCOL = 4
 UPLOADS = "uploads"  # the folder in the scratch root where the files of calls are
 HEADER = struct.Struct("!I")
 # Larger values travel through the arena or are refused; no frame may make the other side allocate more.
@@ -41,6 +41,9 @@ Held: TypeAlias = Annotated[tuple[tuple[int, int], ...], msgspec.Meta(max_length
 
 
 StageName: TypeAlias = Literal["import", "init", "validate", "tools"]
+# Of a start. Until it is `Ready`, a worker notes in its arena which one it has entered, counted from 1: the engine
+# looks once the worker is dead, and need not be woken up for each.
+STAGES: tuple[StageName, ...] = ("import", "init", "validate", "tools")
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
@@ -114,12 +117,6 @@ class Hello(Message, frozen=True, tag=16):
     protocol: int
     pid: int
     main_thread: int  # as faulthandler prints it: the thread that runs the tools
-
-
-class Stage(Message, frozen=True, tag=17):
-    """The worker is about to enter a stage of its start: import, init or validate."""
-
-    name: StageName
 
 
 class ToolInfo(msgspec.Struct, frozen=True):
@@ -252,7 +249,7 @@ class Isolated(Message, frozen=True, tag=43):
     exposed: str  # why what is private to the engine is not hidden from plugins; "" if it is
 
 
-FROM_WORKER: TypeAlias = Hello | Stage | Ready | StartFailed | Began | Progress | Item | Result | Failed | LogLine
+FROM_WORKER: TypeAlias = Hello | Ready | StartFailed | Began | Progress | Item | Result | Failed | LogLine
 
 _encoder = msgpack.Encoder()
 start_request = msgpack.Decoder(Start)

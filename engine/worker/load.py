@@ -47,7 +47,7 @@ class Context:
         log: a logger whose lines become `plugin.log` events.
     """
 
-    def __init__(self, start: wire.Start, send: Callable[[wire.Message], None]) -> None:
+    def __init__(self, start: wire.Start, send: Callable[[wire.Message], object]) -> None:
         self._start = start
         # Not `send` itself: a plugin that copies what it was given would copy the channel, whose method that is.
         self._send = lambda message: send(message)
@@ -89,14 +89,13 @@ class _Wanted(Exception):
 def rehearsed(wanted: Callable[[], bool]) -> str:
     """Rehearse a start until it is `wanted`; "", or why that went wrong, which does no harm."""
 
-    def send(message: wire.Message) -> None:
-        wire.frame(message)
+    def go_on(_stage: str) -> None:
         if wanted():
             raise _Wanted
 
     try:
         if not wanted():
-            _rehearse(send)
+            _rehearse(go_on)
     except _Wanted:
         return ""
     except Exception as exc:  # an import hook of somebody's, say
@@ -104,7 +103,7 @@ def rehearsed(wanted: Callable[[], bool]) -> str:
     return ""
 
 
-def _rehearse(send: Callable[[wire.Message], None]) -> None:
+def _rehearse(go_on: Callable[[str], None]) -> None:
     """Do once, for nothing, what every start does, in a worker that waits to be told which plugin it serves.
 
     A forked process has its own copy of a page from when it first writes to it, and to look at a Python object is
@@ -117,15 +116,15 @@ def _rehearse(send: Callable[[wire.Message], None]) -> None:
     sys.modules[_REHEARSAL] = module = ModuleType(_REHEARSAL)
     try:
         exec(compile(_REHEARSED, _REHEARSAL, "exec", dont_inherit=True), vars(module))  # noqa: S102 - our own
-        tools = load(wire.start_request.decode(wire.encode(start)), send)
+        tools = load(wire.start_request.decode(wire.encode(start)), wire.frame, go_on)
     finally:
         sys.path[:] = path
         del sys.modules[_REHEARSAL]
-    send(wire.Ready({name: tool.info for name, tool in tools.items()}))
+    wire.frame(wire.Ready({name: tool.info for name, tool in tools.items()}))
 
 
 class _LogHandler(logging.Handler):
-    def __init__(self, send: Callable[[wire.Message], None]) -> None:
+    def __init__(self, send: Callable[[wire.Message], object]) -> None:
         super().__init__()
         self._send = send
 
@@ -133,20 +132,27 @@ class _LogHandler(logging.Handler):
         self._send(wire.LogLine(record.levelname.lower(), failure.sendable(self.format(record), 4096)))
 
 
-def load(start: wire.Start, send: Callable[[wire.Message], None]) -> dict[str, BoundTool]:
+def load(
+    start: wire.Start, send: Callable[[wire.Message], object], enter: Callable[[wire.StageName], None]
+) -> dict[str, BoundTool]:
     """Bring the plugin up; returns its tools.
+
+    Args:
+        start: which plugin.
+        send: what there is to say.
+        enter: told of each stage before it is entered, so that a death in it can be told from one in another.
 
     Raises:
         Refused: with the report to send.
     """
     context = Context(start, send)
-    with _stage("import", start, send):
+    with _stage("import", start, send, enter):
         plugin_class = _import(start)
-    with _stage("init", start, send):
+    with _stage("init", start, send, enter):
         instance = plugin_class(context)
-    with _stage("validate", start, send):
+    with _stage("validate", start, send, enter):
         _validate(instance, start)
-    with _stage("tools", start, send):
+    with _stage("tools", start, send, enter):
         tools = {}
         for name, rejects in start.tools.items():
             method = getattr(instance, name, None)
@@ -158,7 +164,7 @@ def load(start: wire.Start, send: Callable[[wire.Message], None]) -> dict[str, B
         return tools
 
 
-def _doubt_rejects(start: wire.Start, send: Callable[[wire.Message], None]) -> None:
+def _doubt_rejects(start: wire.Start, send: Callable[[wire.Message], object]) -> None:
     try:
         for doubt in doubts(start.tools):
             send(wire.LogLine("warning", doubt))
@@ -204,9 +210,14 @@ def _refusal(stage: str, kind: str, message: str) -> Refused:
 
 
 @contextlib.contextmanager
-def _stage(name: wire.StageName, start: wire.Start, send: Callable[[wire.Message], None]) -> Iterator[None]:
-    """Announce a stage, so that a death in it can be told from one in another; report what it raises."""
-    send(wire.Stage(name))
+def _stage(
+    name: wire.StageName,
+    start: wire.Start,
+    send: Callable[[wire.Message], object],
+    enter: Callable[[wire.StageName], None],
+) -> Iterator[None]:
+    """Enter a stage; report what it raises."""
+    enter(name)
     try:
         yield
     except Refused:

@@ -207,6 +207,7 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
     start = wire.start_request.decode(first)
     _settle_in(scratch)
     confine.limit(start.memory_bytes)
+    results = Arena(descriptors.arena_out, writable=True)
     try:
         if problem:
             channel.send(wire.LogLine("warning", problem))
@@ -219,16 +220,25 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
         if (go := channel.receive()) is None:
             return 0
         wire.go_ahead.decode(go)
-        plugin_tools = load.load(start, channel.send)
+        plugin_tools = load.load(start, channel.send, lambda stage: _note(results, 1 + wire.STAGES.index(stage)))
     except load.Refused as exc:
         channel.send(exc.report)
         channel.outlive()
         return 0
-    caller = Caller(channel, start.folder, plugin_tools, start.max_result_bytes, descriptors)
+    _note(results, 0)
+    caller = Caller(channel, start.folder, plugin_tools, start.max_result_bytes, descriptors.arena_in, results)
     channel.send(wire.Ready({name: tool.info for name, tool in plugin_tools.items()}))
     caller.serve()
     atexit._run_exitfuncs()  # noqa: SLF001 - we leave by os._exit, which skips the plugin's own clean-up
     return 0
+
+
+def _note(results: Arena, number: int) -> None:
+    """Let the engine find out how far we came, should we die."""
+    try:  # noqa: SIM105 - `suppress` takes as long as what it is for
+        results.note = number
+    except OSError:  # the plugin has closed it: then nobody can tell
+        pass
 
 
 def _watch(stack: int, channel: Channel) -> None:
@@ -267,7 +277,8 @@ class Caller:
         folder: str,
         plugin_tools: dict[str, tools.BoundTool],
         max_result_bytes: int,
-        descriptors: Descriptors,
+        arena_in: int,
+        results: Arena,
     ) -> None:
         self._channel = channel
         self._calls: deque[wire.Call] = deque()  # that came while we waited for something else
@@ -276,20 +287,17 @@ class Caller:
         self._folder = folder
         self._tools = plugin_tools
         self._max_result_bytes = max_result_bytes
-        self._out = Arena(descriptors.arena_out, writable=True)
+        self._out = results
         self._encoder = values.Encoder(self._out)
-        arena_in = Arena(descriptors.arena_in, writable=False)
-        self._lender = lending.Lender(arena_in.size)
-        self._decoder = values.Decoder(arena_in, self._lender.make, files=True)
+        payloads = Arena(arena_in, writable=False)
+        self._lender = lending.Lender(payloads.size)
+        self._decoder = values.Decoder(payloads, self._lender.make, files=True)
         self._runner: asyncio.Runner | None = None
 
     def serve(self) -> None:
         """Answer calls until the engine closes the channel, or a call has broken the plugin."""
         while (call := self._next()) is not None:
-            try:  # noqa: SIM105 - `suppress` takes as long as what it is for
-                self._out.note = call.call_id
-            except OSError:  # the plugin has closed it: then nobody can tell how far we came
-                pass
+            _note(self._out, call.call_id)
             answer = self._answer(call)
             held = self._lender.held()
             self._channel.answer(_holding(answer, held) if held else answer)

@@ -6,6 +6,7 @@ and for it write to a hundred pages of memory that a worker would share otherwis
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import typing
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def signature(name: str, method: Callable[..., Any]) -> Signature:
     if plain is None:
         generates = inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method)
         return Signature(_parameters(name, method), _hints(name, method), generates)
-    hints = {of: NoneType if hint is None else hint for of, hint in plain.__annotations__.items()}
+    hints = {of: _meant(hint, plain.__globals__) for of, hint in plain.__annotations__.items()}
     if not all(map(_is_resolved, hints.values())):
         hints = _hints(name, method)
     return Signature(_plain_parameters(plain), hints, bool(plain.__code__.co_flags & _GENERATES))
@@ -82,6 +83,14 @@ def _hints(name: str, method: Callable[..., Any]) -> dict[str, Any]:
         return typing.get_type_hints(method)
     except Exception as exc:  # any expression may stand in a hint
         raise ToolInvalid(f"the type hints of `{name}` do not resolve: {exc}") from None
+
+
+def _meant(hint: Any, names: dict[str, Any]) -> Any:
+    """What a hint stands for; a text that cannot be told stays one."""
+    if type(hint) is str:
+        with contextlib.suppress(Exception):  # any expression may stand in it; `typing` is to say what is wrong
+            hint = eval(hint, names)  # noqa: S307 - the plugin's own code, as all around it
+    return NoneType if hint is None else hint
 
 
 def _is_resolved(hint: Any) -> bool:

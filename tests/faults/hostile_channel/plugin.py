@@ -11,7 +11,7 @@ import threading
 from msgspec import msgpack
 
 CHANNEL, ARENA_IN, ARENA_OUT = 100, 103, 104
-HELLO, STAGE, READY, BEGAN, PROGRESS, ITEM, RESULT, FAILED, LOG = 16, 17, 18, 20, 21, 22, 23, 24, 25
+HELLO, READY, START_FAILED, BEGAN, PROGRESS, ITEM, RESULT, FAILED, LOG = 16, 18, 19, 20, 21, 22, 23, 24, 25
 
 
 def frame(*message) -> bytes:
@@ -55,7 +55,7 @@ class Plugin:
         threading.Event().wait()
 
     def goes_back_to_its_start(self) -> None:
-        say(frame(STAGE, "import"))
+        say(frame(START_FAILED, "import", "exception", "E", "forged", ""))
         threading.Event().wait()
 
     def speaks_of_another_call(self) -> None:
