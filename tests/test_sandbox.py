@@ -422,10 +422,10 @@ def test_no_bytes_from_a_worker_break_the_engines_end_of_the_channel(frames: lis
     assert all(isinstance(message, wire.Message) for message in messages)
 
 
-@given(
-    st.lists(st.sampled_from([wire.Progress(7, 1.0, 2.0), wire.Began(7), wire.Item(7, msgspec.Raw(b"\x01"))]), max_size=6),
-    st.data(),
-)
+SOME_MESSAGES = [wire.Progress(7, 1.0, 2.0), wire.Began(7), wire.Item(7, msgspec.Raw(b"\x01"))]
+
+
+@given(st.lists(st.sampled_from(SOME_MESSAGES), max_size=6), st.data())
 def test_messages_arrive_whole_and_in_order_however_the_bytes_are_cut(messages: list[Any], data: Any) -> None:
     stream = b"".join(wire.frame(message) for message in messages)
     arrived: list[bytes] = []
