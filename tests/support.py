@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import textwrap
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 import psutil
+import pytest
 
 from engine import Engine, Settings
 from engine.sandbox.channel import Channel
@@ -33,6 +35,12 @@ class Plugin:
     def validate(self): pass
     def echo(self, text: str = "hello") -> str: return text
 """
+
+
+def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In workers, before all else."""
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths).rstrip(os.pathsep))
 
 
 def write_plugin(

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 from msgspec import msgpack
-from support import HONEST, descendants, hosting, next_event, open_descriptors, until, write_honest, write_plugin
+from support import (
+    HONEST,
+    descendants,
+    hosting,
+    import_from,
+    next_event,
+    open_descriptors,
+    until,
+    write_honest,
+    write_plugin,
+)
 from zoo import fork_server, name_of, the_spare
 
 from engine import Engine
@@ -47,12 +57,6 @@ def descriptors(pid: int) -> set[int]:
 def of_proc(pid: int, name: str) -> str:
     path = Path(f"/proc/{pid}/{name}")
     return str(path.readlink()) if path.is_symlink() else path.read_text()
-
-
-def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In workers, before all else."""
-    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths).rstrip(os.pathsep))
 
 
 async def test_the_next_start_takes_the_spare_and_another_one_comes(plugins: Path, data_dir: Path) -> None:
@@ -143,7 +147,10 @@ async def test_a_finder_that_cannot_stand_the_rehearsal_breaks_no_start(
 
 def test_a_rehearsal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
-    traces = (sys.path, sys.modules, sys.path_importer_cache, logging.root.manager.loggerDict)
+    traces = (
+        *(sys.path, sys.modules, sys.path_importer_cache, logging.root.manager.loggerDict),
+        *(sys.path_hooks, sys.meta_path),
+    )
     before = [list(trace) for trace in traces]
     assert load.rehearsed(lambda: False) == ""
     assert [list(trace) for trace in traces] == before
@@ -154,11 +161,11 @@ def test_a_rehearsal_ends_as_soon_as_the_start_is_wanted_and_leaves_no_trace(
     after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
-    before = [list(sys.path), list(sys.modules)]
+    before = [list(sys.path), list(sys.modules), list(sys.path_hooks), list(sys.meta_path)]
     asked = iter([*[False] * after, True])
     assert load.rehearsed(lambda: next(asked)) == ""
     assert len(list(asked)) == (0 if after < 5 else after - 4), "before it begins, and at each of four stages"
-    assert [list(sys.path), list(sys.modules)] == before
+    assert [list(sys.path), list(sys.modules), list(sys.path_hooks), list(sys.meta_path)] == before
 
 
 def test_why_a_rehearsal_went_wrong_is_told_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

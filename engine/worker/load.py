@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from msgspec import msgpack
 
 from engine.sandbox import wire
-from engine.worker import confine, failure
+from engine.worker import compiled, confine, failure
 from engine.worker.rejects import doubts
 from engine.worker.signature import ToolInvalid
 from engine.worker.tools import BoundTool, bind
@@ -72,14 +72,33 @@ class Context:
         return Path(self._start.scratch)
 
 
-# Not a file: a plugin may have changed it, and no worker is contained yet when it rehearses.
 _REHEARSAL = "_holdfast_rehearsal"
-_REHEARSED = """
+_REHEARSED = b"""
 class Plugin:
     def __init__(self, context): self.settings = context.settings
     def validate(self) -> None: ...
     def tool(self, text: str, count: int = 1) -> dict[str, int]: return {}
 """
+
+
+class _Rehearsal(SourceFileLoader):
+    """Of a module in no file: a plugin may have changed it, and no worker is contained yet when it rehearses."""
+
+    _kept = compiled.kept(_REHEARSED, compile(_REHEARSED, _REHEARSAL, "exec", dont_inherit=True))
+
+    @classmethod
+    def find_spec(cls, name: str, _path: object, _target: object = None) -> ModuleSpec | None:
+        """As a finder."""
+        if name != _REHEARSAL:
+            return None
+        file = f"/{name}.py"
+        return importlib.util.spec_from_file_location(name, file, loader=cls(name, file))
+
+    def path_stats(self, path: str) -> dict[str, float]:  # noqa: ARG002
+        return {"mtime": 0, "size": len(_REHEARSED)}
+
+    def get_data(self, path: str) -> bytes:
+        return _REHEARSED if path == self.path else self._kept
 
 
 class _Wanted(Exception):
@@ -110,16 +129,16 @@ def _rehearse(go_on: Callable[[str], None]) -> None:
     to write to it: hundreds of pages, each a fault of some microseconds, that the start then finds in place.
     """
     start = wire.Start("rehearsal", "/", f"{_REHEARSAL}:Plugin", {}, msgpack.encode({}), "/", {"tool": ()}, 0, 0)
-    path = sys.path.copy()
+    path, hooks = sys.path.copy(), sys.path_hooks.copy()
     PathFinder.find_spec(_REHEARSAL, ["/"])  # finds nothing
     sys.path_importer_cache.pop("/", None)  # what was seen there is nobody's
-    sys.modules[_REHEARSAL] = module = ModuleType(_REHEARSAL)
+    sys.meta_path.insert(0, _Rehearsal)
     try:
-        exec(compile(_REHEARSED, _REHEARSAL, "exec", dont_inherit=True), vars(module))  # noqa: S102 - our own
         tools = load(wire.start_request.decode(wire.encode(start)), wire.frame, go_on)
     finally:
-        sys.path[:] = path
-        del sys.modules[_REHEARSAL]
+        sys.path[:], sys.path_hooks[:] = path, hooks
+        sys.meta_path.remove(_Rehearsal)
+        sys.modules.pop(_REHEARSAL, None)
     wire.frame(wire.Ready({name: tool.info for name, tool in tools.items()}))
 
 
@@ -177,6 +196,7 @@ def _import(start: wire.Start) -> Callable[[Context], Any]:
     module_name, _, class_name = start.entry.partition(":")
     sys.path.insert(0, start.folder)
     sys.dont_write_bytecode = True  # a stale .pyc must not survive an edit that a restart should show
+    compiled.keep(start.folder)
     module = importlib.import_module(module_name)
     if _hidden(module_name, start.folder):
         text = f"the entry `{start.entry}` is a module of the standard library; rename {module_name}.py"

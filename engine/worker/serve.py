@@ -199,8 +199,8 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
         problem: of the time before, to be said; "" if there was none.
     """
     channel = Channel(descriptors.channel)
+    channel.send(wire.Hello(wire.PROTOCOL, os.getpid(), threading.get_ident()))  # first: its answer takes a moment
     _watch(descriptors.stack, channel)
-    channel.send(wire.Hello(wire.PROTOCOL, os.getpid(), threading.get_ident()))
     first = channel.receive()  # it is there already, or as much of it as the channel takes
     if first is None:
         return 0
@@ -226,9 +226,8 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
         channel.outlive()
         return 0
     _note(results, 0)
-    caller = Caller(channel, start.folder, plugin_tools, start.max_result_bytes, descriptors.arena_in, results)
     channel.send(wire.Ready({name: tool.info for name, tool in plugin_tools.items()}))
-    caller.serve()
+    Caller(channel, start.folder, plugin_tools, start.max_result_bytes, descriptors.arena_in, results).serve()
     atexit._run_exitfuncs()  # noqa: SLF001 - we leave by os._exit, which skips the plugin's own clean-up
     return 0
 
