@@ -14,6 +14,8 @@ comma := ,
 RUN_EXTRAS := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo vision-torch || echo vision)
 DEV_EXTRAS := vision-torch-dev
 
+BUILD := hatchling editables setuptools # the lock's: without isolation; setuptools is for what comes as source only
+
 .PHONY: help run test check coverage docs bench bench-faults lock clean
 
 help: ## show this
@@ -56,10 +58,10 @@ $(PY):
 	@sh .ci/venv $(VENV)
 
 # Invariant: .venv/.ready-A-B exists iff the extras A and B are installed by the present lock and pyproject.toml.
-# Built without isolation, so that the lock pins the build too; setuptools is for what comes as source only.
+# Built without isolation, so that the lock pins the build too.
 $(VENV)/.ready-%: $(LOCK) pyproject.toml | $(PY)
 	@echo "installing holdfast [$(subst -,$(comma) ,$*)] into $(VENV)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c $(LOCK) hatchling editables setuptools
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c $(LOCK) $(BUILD)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(LOCK) -e '.[$(subst -,$(comma),$*)]'
 	@touch $@
 
@@ -67,6 +69,6 @@ $(VENV)/.ready-%: $(LOCK) pyproject.toml | $(PY)
 $(BENCH)/.ready: benchmarks/requirements.txt $(LOCK) pyproject.toml
 	@echo "installing holdfast and its peers into $(BENCH)"
 	@test -x $(BENCH)/bin/python || sh .ci/venv $(BENCH)
-	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -r benchmarks/requirements.txt hatchling editables setuptools
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -r benchmarks/requirements.txt $(BUILD)
 	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(LOCK) -e '.[vision]'
 	@touch $@

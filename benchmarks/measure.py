@@ -72,8 +72,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Without settings of an engine: its defaults are measured, and a server refuses what it does not know."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    """Without settings of an engine: its defaults are measured, and a server refuses what it does not know.
+
+    And without the one that keeps Python from keeping what it compiles: that is a default as well, and many
+    containers take it away.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
+    return kept
 
 
 def _tail(folder: Path) -> str:

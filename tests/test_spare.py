@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec import msgpack
@@ -28,7 +29,7 @@ from zoo import fork_server, name_of, the_spare
 from engine import Engine
 from engine.sandbox import wire
 from engine.sandbox.frames import Frames
-from engine.worker import confine, forkserver, load
+from engine.worker import bytecode, confine, forkserver, rehearsal
 from engine.worker.forkserver import ForkServer
 from events.envelope import PluginLog
 
@@ -145,35 +146,47 @@ async def test_a_finder_that_cannot_stand_the_rehearsal_breaks_no_start(
         assert "the rehearsal of a start failed (ValueError: no root)" in line.data.message
 
 
+def traces() -> list[list[Any]]:
+    """Where a rehearsal could leave something behind, in this process."""
+    importing = (sys.path, sys.path_hooks, sys.meta_path, sys.modules, sys.path_importer_cache)
+    return [list(place) for place in (*importing, logging.root.manager.loggerDict)]
+
+
 def test_a_rehearsal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
-    traces = (
-        *(sys.path, sys.modules, sys.path_importer_cache, logging.root.manager.loggerDict),
-        *(sys.path_hooks, sys.meta_path),
-    )
-    before = [list(trace) for trace in traces]
-    assert load.rehearsed(lambda: False) == ""
-    assert [list(trace) for trace in traces] == before
+    before = traces()
+    assert rehearsal.rehearse(lambda: False) == ""
+    assert traces() == before
 
 
-@pytest.mark.parametrize("after", range(8))
+def test_a_rehearsal_imports_what_is_kept_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
+    monkeypatch.setattr(bytecode.Keeping, "source_to_code", never)
+    monkeypatch.setattr(bytecode.Keeping, "set_data", never)
+    assert rehearsal.rehearse(lambda: False) == ""
+
+
+@pytest.mark.parametrize("after", range(6))
 def test_a_rehearsal_ends_as_soon_as_the_start_is_wanted_and_leaves_no_trace(
     after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
-    before = [list(sys.path), list(sys.modules), list(sys.path_hooks), list(sys.meta_path)]
+    before = traces()
     asked = iter([*[False] * after, True])
-    assert load.rehearsed(lambda: next(asked)) == ""
+    assert rehearsal.rehearse(lambda: next(asked)) == ""
     assert len(list(asked)) == (0 if after < 5 else after - 4), "before it begins, and at each of four stages"
-    assert [list(sys.path), list(sys.modules), list(sys.path_hooks), list(sys.meta_path)] == before
+    assert traces() == before
 
 
 def test_why_a_rehearsal_went_wrong_is_told_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(_: object) -> None:
         raise ValueError("not with me")
 
-    monkeypatch.setattr(load, "_rehearse", raises)
-    assert load.rehearsed(lambda: False) == "the rehearsal of a start failed (ValueError: not with me)"
+    monkeypatch.setattr(rehearsal, "_start", raises)
+    assert rehearsal.rehearse(lambda: False) == "the rehearsal of a start failed (ValueError: not with me)"
 
 
 # Of a fork server within this process, and its children
@@ -219,7 +232,7 @@ def test_what_the_kernel_refuses_a_spare_is_said_by_the_worker_that_it_becomes(
 def test_a_rehearsal_that_went_wrong_is_said_by_the_worker_that_it_becomes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "rehearsed", lambda _: "it went wrong")
+    monkeypatch.setattr(rehearsal, "rehearse", lambda _: "it went wrong")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     channel, channel_end = socket.socketpair()
     with ours, theirs, channel, Path(os.devnull).open("rb") as nothing:

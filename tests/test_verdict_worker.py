@@ -34,7 +34,7 @@ from engine.sandbox.limits import MemoryWatch
 from engine.sandbox.spawner import SpawnFailed
 from engine.sandbox.stack import StackPipe
 from engine.sandbox.values import MAX_VALUE_BYTES
-from engine.sandbox.verdict import Ending
+from engine.sandbox.verdict import Ending, stage_name
 from engine.startup import _Observer
 from events.envelope import PluginLog
 
@@ -98,9 +98,10 @@ async def test_a_worker_that_lies_about_its_tools_is_in_breach(plugins: Path, da
     ("does", "doing"),
     [
         ("pass", "during __init__"),
-        ("note(3)", "during validate()"),  # it may lie about itself, and nobody is led to more than that
+        *((f"note({wire.note_of(stage)})", f"during {stage_name(stage)}") for stage in wire.STAGES),  # it may lie
         ("note(0)", "during its start"),
-        ("note(5)", "during its start"),
+        ("note(3)", "during its start"),
+        (f"note({wire.note_of('tools') + 1})", "during its start"),
         ("note(2**64 - 1)", "during its start"),
         ("os.close(ARENA_OUT)", "during __init__"),
     ],
@@ -115,18 +116,60 @@ async def test_how_far_a_start_came_is_read_from_what_the_worker_noted(
         assert f"status 3 {doing}" in (health.reason or "")
 
 
-async def test_a_plugin_that_closed_its_arena_is_started_all_the_same(plugins: Path, data_dir: Path) -> None:
+async def test_a_plugin_that_closed_its_arena_serves_and_what_it_had_noted_is_taken_for_no_call(
+    plugins: Path, data_dir: Path
+) -> None:
     code = """
     import os
     os.close(104)
     class Plugin:
         def __init__(self, context): ...
         def validate(self): ...
-        def work(self) -> int: return 1
+        def work(self, code: int) -> int:
+            if code: os._exit(code)
+            return 1
     """
     write_plugin(plugins, "closes", code, ["work"])
     async with hosting(plugins, data_dir) as engine:
-        assert (await engine.run("closes", "work")).value == 1
+        assert (await engine.run("closes", "work", {"code": 0})).value == 1  # a short call: others are sent ahead
+        broke, *behind = await asyncio.gather(*(engine.run("closes", "work", {"code": 3}) for _ in range(3)))
+        assert isinstance(broke, Broke)
+        assert [type(outcome) for outcome in behind] == [Refused, Refused]
+
+
+async def test_a_plugin_that_closes_the_arena_of_its_arguments_fails_while_it_is_started(
+    plugins: Path, data_dir: Path
+) -> None:
+    write_plugin(plugins, "closes", NOTES.replace("os._exit(3)", "") % "os.close(103)", ["work"])
+    async with hosting(plugins, data_dir) as engine:
+        health = engine.health("closes")
+        assert health.state == "FAILED"
+        assert "during reading its tools" in (health.reason or "")
+
+
+async def test_a_death_after_its_start_is_no_stage_of_it(plugins: Path, data_dir: Path) -> None:
+    code = """
+    import os, threading
+    class Plugin:
+        def __init__(self, context): self.scratch = context.scratch
+        def validate(self): ...
+        def work(self): ...
+        def __getattribute__(self, name):
+            if name == "work": threading.Thread(target=self.wait, daemon=True).start()
+            return super().__getattribute__(name)
+        def wait(self):
+            os.mkfifo(self.scratch / "gate")
+            open(self.scratch / "gate").close()
+            os._exit(3)
+    """
+    write_plugin(plugins, "later", code, ["work"])
+    async with hosting(plugins, data_dir) as engine:
+        gate = Path(only_worker(engine, "later").scratch) / "gate"
+        await until(gate.exists)
+        with gate.open("w"):
+            pass
+        health = await next_state(engine, "later", {"FAILED"})
+        assert "status 3 while it was idle" in health.reason
 
 
 async def test_a_worker_that_sends_more_plain_values_than_fit_is_in_breach(plugins: Path, data_dir: Path) -> None:

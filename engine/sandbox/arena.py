@@ -22,8 +22,8 @@ ALIGN: Final = 64  # a cache line; also enough for any vector instruction
 # Below this, a copy through the socket costs less than the arena's bookkeeping.
 THRESHOLD_BYTES: Final = 64 * 1024
 
-# Behind the payloads, one number of the writer's: which call it has begun, or before the first which stage of its
-# start. So the reader knows, whatever happens, how far it came.
+# Behind the payloads, one number of the writer's: which call it has begun, and before the first which stage of its
+# start (`wire.note_of`). So the reader knows, whatever happens, how far it came.
 _NOTE: Final = struct.Struct("<Q")
 _NOTE_BYTES: Final = ALIGN
 

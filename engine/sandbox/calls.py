@@ -320,7 +320,8 @@ class Calls:
         """The process has died, and its arena is about to be released: see how far it came."""
         # Its answers are not read to the end where it was ended for a call that had taken too long.
         if len(self._sent) > 1:
-            self._begun = self._arena_out.note
+            note = self._arena_out.note
+            self._begun = note if wire.noted_stage(note) is None else 0
 
     def broken(self, broken: Broken) -> None:
         """The plugin is no longer in service: the call that runs is told so, and those behind it."""

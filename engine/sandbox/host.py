@@ -3,9 +3,9 @@
     engine                                   worker
       ├── Start ──────────────────────────────▶ (waits in the channel)
       │  Fork (fork server) ──────────────────▶ forked, confined
-      │◀───────────────────────────── Hello ────┤ makes its scratch folder, contains itself
+      │◀───────────────────────────── Hello ────┤ then makes its scratch folder, contains itself
       ├── Go ─────────────────────────────────▶ import, __init__, validate
-      │◀──────────── ──────── Ready | StartFailed ┤
+      │◀────────────────── Ready | StartFailed ─┤
       ├── Call ───────────────────────────────▶ check arguments, run the tool
       │◀─ Began? Progress… Item… Result | Failed┤
       └── close ──────────────────────────────▶ atexit, exit
@@ -442,8 +442,8 @@ class Worker:
             return f"`{running.call.tool}`"
         if self._started.done():
             return ""
-        entered = self._arena_out.note
-        return stage_name(wire.STAGES[entered - 1]) if 0 < entered <= len(wire.STAGES) else "its start"
+        entered = wire.noted_stage(self._arena_out.note)
+        return "its start" if entered is None else stage_name(entered)
 
     def _death(self, status: ExitStatus, evidence: Evidence, judged: Verdict) -> Death | None:
         """What is kept of it; None where the plugin is not to blame."""

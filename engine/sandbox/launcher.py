@@ -30,6 +30,7 @@ _ENVIRONMENT = (
     "LANGUAGE",
     "LD_LIBRARY_PATH",
     "PATH",
+    "PYTHONDONTWRITEBYTECODE",
     "PYTHONPATH",
     "TZ",
     "USER",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 import struct
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import msgpack
@@ -40,10 +40,9 @@ MAX_CHAIN = 32  # modules in a `StartFailed`
 Held: TypeAlias = Annotated[tuple[tuple[int, int], ...], msgspec.Meta(max_length=MAX_HELD)]
 
 
-StageName: TypeAlias = Literal["import", "init", "validate", "tools"]
-# Of a start. Until it is `Ready`, a worker notes in its arena which one it has entered, counted from 1: the engine
-# looks once the worker is dead, and need not be woken up for each.
-STAGES: tuple[StageName, ...] = ("import", "init", "validate", "tools")
+StageName: TypeAlias = Literal["import", "init", "validate", "tools"]  # of a start, in order
+STAGES: tuple[StageName, ...] = get_args(StageName)
+_FIRST_STAGE = 1 << 63  # higher than any call's number, for both are noted in the same place
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
@@ -259,6 +258,17 @@ from_worker = msgpack.Decoder(FROM_WORKER)
 fork_request = msgpack.Decoder(Fork)
 from_fork_server = msgpack.Decoder(Isolated | Forked | NotForked | Exited | Serving | Lost)
 encode = _encoder.encode
+
+
+def note_of(stage: StageName) -> int:
+    """What a worker notes in its arena when it enters a stage; the engine looks once the worker is dead."""
+    return _FIRST_STAGE + STAGES.index(stage)
+
+
+def noted_stage(note: int) -> StageName | None:
+    """The stage, where it is one that was noted."""
+    number = note - _FIRST_STAGE
+    return STAGES[number] if 0 <= number < len(STAGES) else None
 
 
 def frame(message: Message) -> bytes:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.sandbox import trees, wire
-from engine.worker import confine, contain, load, mounts, native, reaper, serve
+from engine.worker import confine, contain, mounts, native, reaper, rehearsal, serve
 
 _SPARE, _WORKER = b"holdfast-spare", b"holdfast-worker"  # as `ps` shows them
 _SWEEP_S = 1.0  # how long a killed orphan may take to die before we go on without it
@@ -258,7 +258,7 @@ def _become_worker(parent: int, orders: socket.socket) -> None:
         (kept,) = serve.keep_only([orders.detach()])
         with socket.socket(fileno=kept) as orders:
             shm_problem, refused = _settle_in(parent)
-            problem = load.rehearsed(lambda: reaper.readable(orders))
+            problem = rehearsal.rehearse(lambda: reaper.readable(orders))
             data, fds, _, _ = socket.recv_fds(orders, 65536, _MAX_FDS)
         if not data:  # the fork server has no use for us
             os._exit(0)

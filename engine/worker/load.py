@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import json  # noqa: F401 - most libraries want it: loaded once, and never a file of the plugin's by that name
 import logging
 import re
@@ -13,18 +12,20 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 from msgspec import msgpack
 
 from engine.sandbox import wire
-from engine.worker import compiled, confine, failure
+from engine.worker import bytecode, confine, failure
 from engine.worker.rejects import doubts
 from engine.worker.signature import ToolInvalid
 from engine.worker.tools import BoundTool, bind
+
+Send: TypeAlias = Callable[[wire.Message], None]
+Enter: TypeAlias = Callable[[wire.StageName], None]
 
 _SHARED_LIBRARY = re.compile(r"(\S+\.so\S*): cannot open shared object file")
 
@@ -47,7 +48,7 @@ class Context:
         log: a logger whose lines become `plugin.log` events.
     """
 
-    def __init__(self, start: wire.Start, send: Callable[[wire.Message], object]) -> None:
+    def __init__(self, start: wire.Start, send: Send) -> None:
         self._start = start
         # Not `send` itself: a plugin that copies what it was given would copy the channel, whose method that is.
         self._send = lambda message: send(message)
@@ -72,78 +73,8 @@ class Context:
         return Path(self._start.scratch)
 
 
-_REHEARSAL = "_holdfast_rehearsal"
-_REHEARSED = b"""
-class Plugin:
-    def __init__(self, context): self.settings = context.settings
-    def validate(self) -> None: ...
-    def tool(self, text: str, count: int = 1) -> dict[str, int]: return {}
-"""
-
-
-class _Rehearsal(SourceFileLoader):
-    """Of a module in no file: a plugin may have changed it, and no worker is contained yet when it rehearses."""
-
-    _kept = compiled.kept(_REHEARSED, compile(_REHEARSED, _REHEARSAL, "exec", dont_inherit=True))
-
-    @classmethod
-    def find_spec(cls, name: str, _path: object, _target: object = None) -> ModuleSpec | None:
-        """As a finder."""
-        if name != _REHEARSAL:
-            return None
-        file = f"/{name}.py"
-        return importlib.util.spec_from_file_location(name, file, loader=cls(name, file))
-
-    def path_stats(self, path: str) -> dict[str, float]:  # noqa: ARG002
-        return {"mtime": 0, "size": len(_REHEARSED)}
-
-    def get_data(self, path: str) -> bytes:
-        return _REHEARSED if path == self.path else self._kept
-
-
-class _Wanted(Exception):
-    """The rehearsal is over: it is time for the start itself."""
-
-
-def rehearsed(wanted: Callable[[], bool]) -> str:
-    """Rehearse a start until it is `wanted`; "", or why that went wrong, which does no harm."""
-
-    def go_on(_stage: str) -> None:
-        if wanted():
-            raise _Wanted
-
-    try:
-        if not wanted():
-            _rehearse(go_on)
-    except _Wanted:
-        return ""
-    except Exception as exc:  # an import hook of somebody's, say
-        return f"the rehearsal of a start failed ({failure.type_name(type(exc))}: {failure.message(exc)})"
-    return ""
-
-
-def _rehearse(go_on: Callable[[str], None]) -> None:
-    """Do once, for nothing, what every start does, in a worker that waits to be told which plugin it serves.
-
-    A forked process has its own copy of a page from when it first writes to it, and to look at a Python object is
-    to write to it: hundreds of pages, each a fault of some microseconds, that the start then finds in place.
-    """
-    start = wire.Start("rehearsal", "/", f"{_REHEARSAL}:Plugin", {}, msgpack.encode({}), "/", {"tool": ()}, 0, 0)
-    path, hooks = sys.path.copy(), sys.path_hooks.copy()
-    PathFinder.find_spec(_REHEARSAL, ["/"])  # finds nothing
-    sys.path_importer_cache.pop("/", None)  # what was seen there is nobody's
-    sys.meta_path.insert(0, _Rehearsal)
-    try:
-        tools = load(wire.start_request.decode(wire.encode(start)), wire.frame, go_on)
-    finally:
-        sys.path[:], sys.path_hooks[:] = path, hooks
-        sys.meta_path.remove(_Rehearsal)
-        sys.modules.pop(_REHEARSAL, None)
-    wire.frame(wire.Ready({name: tool.info for name, tool in tools.items()}))
-
-
 class _LogHandler(logging.Handler):
-    def __init__(self, send: Callable[[wire.Message], object]) -> None:
+    def __init__(self, send: Send) -> None:
         super().__init__()
         self._send = send
 
@@ -151,9 +82,7 @@ class _LogHandler(logging.Handler):
         self._send(wire.LogLine(record.levelname.lower(), failure.sendable(self.format(record), 4096)))
 
 
-def load(
-    start: wire.Start, send: Callable[[wire.Message], object], enter: Callable[[wire.StageName], None]
-) -> dict[str, BoundTool]:
+def load(start: wire.Start, send: Send, enter: Enter) -> dict[str, BoundTool]:
     """Bring the plugin up; returns its tools.
 
     Args:
@@ -165,13 +94,14 @@ def load(
         Refused: with the report to send.
     """
     context = Context(start, send)
-    with _stage("import", start, send, enter):
+    stage = functools.partial(_stage, start=start, send=send, enter=enter)
+    with stage("import"):
         plugin_class = _import(start)
-    with _stage("init", start, send, enter):
+    with stage("init"):
         instance = plugin_class(context)
-    with _stage("validate", start, send, enter):
+    with stage("validate"):
         _validate(instance, start)
-    with _stage("tools", start, send, enter):
+    with stage("tools"):
         tools = {}
         for name, rejects in start.tools.items():
             method = getattr(instance, name, None)
@@ -183,7 +113,7 @@ def load(
         return tools
 
 
-def _doubt_rejects(start: wire.Start, send: Callable[[wire.Message], object]) -> None:
+def _doubt_rejects(start: wire.Start, send: Send) -> None:
     try:
         for doubt in doubts(start.tools):
             send(wire.LogLine("warning", doubt))
@@ -195,8 +125,9 @@ def _doubt_rejects(start: wire.Start, send: Callable[[wire.Message], object]) ->
 def _import(start: wire.Start) -> Callable[[Context], Any]:
     module_name, _, class_name = start.entry.partition(":")
     sys.path.insert(0, start.folder)
-    sys.dont_write_bytecode = True  # a stale .pyc must not survive an edit that a restart should show
-    compiled.keep(start.folder)
+    bytecode.keep(start.folder)
+    # Of others: Python would check it by the age of a file, which does not show each edit.
+    sys.dont_write_bytecode = True
     module = importlib.import_module(module_name)
     if _hidden(module_name, start.folder):
         text = f"the entry `{start.entry}` is a module of the standard library; rename {module_name}.py"
@@ -230,12 +161,7 @@ def _refusal(stage: str, kind: str, message: str) -> Refused:
 
 
 @contextlib.contextmanager
-def _stage(
-    name: wire.StageName,
-    start: wire.Start,
-    send: Callable[[wire.Message], object],
-    enter: Callable[[wire.StageName], None],
-) -> Iterator[None]:
+def _stage(name: wire.StageName, start: wire.Start, send: Send, enter: Enter) -> Iterator[None]:
     """Enter a stage; report what it raises."""
     enter(name)
     try:

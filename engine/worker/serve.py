@@ -199,7 +199,8 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
         problem: of the time before, to be said; "" if there was none.
     """
     channel = Channel(descriptors.channel)
-    channel.send(wire.Hello(wire.PROTOCOL, os.getpid(), threading.get_ident()))  # first: its answer takes a moment
+    # First of all: the engine answers while we contain ourselves.
+    channel.send(wire.Hello(wire.PROTOCOL, os.getpid(), threading.get_ident()))
     _watch(descriptors.stack, channel)
     first = channel.receive()  # it is there already, or as much of it as the channel takes
     if first is None:
@@ -220,14 +221,14 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
         if (go := channel.receive()) is None:
             return 0
         wire.go_ahead.decode(go)
-        plugin_tools = load.load(start, channel.send, lambda stage: _note(results, 1 + wire.STAGES.index(stage)))
+        plugin_tools = load.load(start, channel.send, lambda stage: _note(results, wire.note_of(stage)))
     except load.Refused as exc:
         channel.send(exc.report)
         channel.outlive()
         return 0
-    _note(results, 0)
+    payloads = Arena(descriptors.arena_in, writable=False)
     channel.send(wire.Ready({name: tool.info for name, tool in plugin_tools.items()}))
-    Caller(channel, start.folder, plugin_tools, start.max_result_bytes, descriptors.arena_in, results).serve()
+    Caller(channel, start.folder, plugin_tools, start.max_result_bytes, payloads, results).serve()
     atexit._run_exitfuncs()  # noqa: SLF001 - we leave by os._exit, which skips the plugin's own clean-up
     return 0
 
@@ -276,7 +277,7 @@ class Caller:
         folder: str,
         plugin_tools: dict[str, tools.BoundTool],
         max_result_bytes: int,
-        arena_in: int,
+        payloads: Arena,
         results: Arena,
     ) -> None:
         self._channel = channel
@@ -288,7 +289,6 @@ class Caller:
         self._max_result_bytes = max_result_bytes
         self._out = results
         self._encoder = values.Encoder(self._out)
-        payloads = Arena(arena_in, writable=False)
         self._lender = lending.Lender(payloads.size)
         self._decoder = values.Decoder(payloads, self._lender.make, files=True)
         self._runner: asyncio.Runner | None = None

@@ -86,10 +86,10 @@ def _hints(name: str, method: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _meant(hint: Any, names: dict[str, Any]) -> Any:
-    """What a hint stands for; a text that cannot be told stays one."""
+    """What a hint stands for; one that is a text and does not evaluate stays it."""
     if type(hint) is str:
         with contextlib.suppress(Exception):  # any expression may stand in it; `typing` is to say what is wrong
-            hint = eval(hint, names)  # noqa: S307 - the plugin's own code, as all around it
+            hint = eval(hint, names, {})  # noqa: S307 - the plugin's own code, as all around it
     return NoneType if hint is None else hint
 
 
