@@ -93,6 +93,7 @@ async def test_what_is_kept_is_what_runs_next(plugins: Path, data_dir: Path) -> 
     modules = write(plugins)
     async with hosting(plugins, data_dir) as engine:
         assert await answer(engine) == ["first", 1, 1]
+        await engine.restart("edited")  # at its worker's end
         for module in modules:
             assert kept(module).is_file()
         source = modules[1].read_bytes()
@@ -117,9 +118,11 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 async def test_what_is_kept_and_damaged_is_compiled_anew(how: str, plugins: Path, data_dir: Path) -> None:
     modules = write(plugins)
     async with hosting(plugins, data_dir) as engine:
+        await engine.restart("edited")
         whole = kept(modules[1]).read_bytes()
         kept(modules[1]).write_bytes(DAMAGE[how](whole))
-        await engine.restart("edited")
+        for _ in range(2):
+            await engine.restart("edited")
         assert await answer(engine) == ["first", 1, 1]
         assert kept(modules[1]).read_bytes() == whole
 
@@ -159,7 +162,8 @@ async def test_what_is_kept_is_as_private_as_its_source(plugins: Path, data_dir:
     modules = write(plugins)
     modules[1].chmod(0o400)
     async with hosting(plugins, data_dir):
-        assert stat.S_IMODE(kept(modules[1]).stat().st_mode) == 0o600
+        pass
+    assert stat.S_IMODE(kept(modules[1]).stat().st_mode) == 0o600
 
 
 async def test_nothing_is_kept_where_the_operator_does_not_want_it(

@@ -1,7 +1,7 @@
 """What a plugin's modules are compiled to, kept beside them for the next start.
 
 In `__pycache__`, as Python does, but checked by the source's content and not by its age (PEP 552): an edit shows,
-however soon it comes. Where it cannot be written, nothing is kept.
+however soon it comes. Where it cannot be written, nothing is kept. A start does not wait for it: see `write`.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ class Keeping(SourceFileLoader):
         if code is None:
             code = self.source_to_code(source, self.path)
             if not sys.flags.dont_write_bytecode:  # as the operator's environment says
-                self._keep(file, source, code)
+                _unwritten.append((self, file, source, code))
         return code
 
     def __reduce__(self) -> tuple[type[SourceFileLoader], tuple[str, str]]:
         return SourceFileLoader, (self.name, self.path)  # a plugin that unpickles it cannot import us
 
-    def _keep(self, file: str, source: bytes, code: CodeType) -> None:
+    def keep(self, file: str, source: bytes, code: CodeType) -> None:
+        """Write it, if that can be."""
         with contextlib.suppress(OSError, ValueError, MemoryError):  # nested too deeply for `marshal`; or no room
             mode = os.stat(self.path).st_mode  # noqa: PTH116 - `Path` takes pages
             # What a full disk cuts short is found to be damaged when it is read.
@@ -73,6 +74,16 @@ class Keeping(SourceFileLoader):
         return None
 
 
+_unwritten: list[tuple[Keeping, str, bytes, CodeType]] = []
+
+
+def write() -> None:
+    """Keep what was compiled."""
+    while _unwritten:
+        loader, file, source, code = _unwritten.pop()
+        loader.keep(file, source, code)
+
+
 # In the order of Python's own, for what else a folder may have.
 _finder_of = FileFinder.path_hook(
     (ExtensionFileLoader, EXTENSION_SUFFIXES),
@@ -81,8 +92,8 @@ _finder_of = FileFinder.path_hook(
 )
 
 
-def keep(folder: str) -> None:
-    """Keep what the modules of this folder, and of those in it, are compiled to; before the first import."""
+def install(folder: str) -> None:
+    """For the modules of this folder, and of those in it; before the first is imported."""
     place = os.path.normpath(folder)
 
     def hook(path: str) -> PathEntryFinder:

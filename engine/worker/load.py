@@ -125,7 +125,7 @@ def _doubt_rejects(start: wire.Start, send: Send) -> None:
 def _import(start: wire.Start) -> Callable[[Context], Any]:
     module_name, _, class_name = start.entry.partition(":")
     sys.path.insert(0, start.folder)
-    bytecode.keep(start.folder)
+    bytecode.install(start.folder)
     # Of others: Python would check it by the age of a file, which does not show each edit.
     sys.dont_write_bytecode = True
     module = importlib.import_module(module_name)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TextIO
 from engine.sandbox import values, wire
 from engine.sandbox.arena import Arena, ArenaFull, Span
 from engine.sandbox.frames import Frames
-from engine.worker import confine, contain, failure, lending, load, mounts, tools
+from engine.worker import bytecode, confine, contain, failure, lending, load, mounts, tools
 
 _PROGRESS_INTERVAL_S = 0.1  # a tool may report each of a million steps; a person reads ten a second
 # To be woken up takes as long as all the rest of a short call, on virtual machines above all. So a worker that was
@@ -229,6 +229,7 @@ def run(descriptors: Descriptors, scratch: str, shm_problem: str, problem: str) 
     payloads = Arena(descriptors.arena_in, writable=False)
     channel.send(wire.Ready({name: tool.info for name, tool in plugin_tools.items()}))
     Caller(channel, start.folder, plugin_tools, start.max_result_bytes, payloads, results).serve()
+    bytecode.write()  # now, for nobody waits; a worker that dies keeps nothing
     atexit._run_exitfuncs()  # noqa: SLF001 - we leave by os._exit, which skips the plugin's own clean-up
     return 0
 
