@@ -392,7 +392,7 @@ async def test_a_worker_does_not_write_over_a_result_that_was_not_taken(plugins:
         await worker.say(start_of(folder, worker, "picture"), wire.Go())
         await worker.hear(wire.Ready)
         out = arena.Arena(worker.arena_out, writable=False)
-        assert out.note == 0
+        assert wire.noted_stage(out.note) == "tools", "it has begun no call"
         for number in (1, 2, 3):
             await worker.say(call_of(number))
         for number in (1, 2, 3):
