@@ -37,8 +37,11 @@ class Plugin:
 """
 
 
-def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In workers, before all else."""
+def import_from(folder: Path, monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
+    """In workers, before all else; a folder that is made, with modules of this source, where there are any."""
+    for name, source in modules.items():
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(source)
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths).rstrip(os.pathsep))
 

@@ -97,7 +97,9 @@ async def test_what_is_kept_is_what_runs_next(plugins: Path, data_dir: Path) -> 
         for module in modules:
             assert kept(module).is_file()
         source = modules[1].read_bytes()
-        kept(modules[1]).write_bytes(bytecode.pyc(source, compile("WHICH = 'kept'", modules[1], "exec")))
+        kept(modules[1]).write_bytes(
+            bytecode.pyc(bytecode.header(source), compile("WHICH = 'kept'", modules[1], "exec"))
+        )
         await engine.restart("edited")
         assert await answer(engine) == ["first", "kept", 1]
 
@@ -179,10 +181,7 @@ async def test_nothing_is_kept_where_the_operator_does_not_want_it(
 async def test_a_path_hook_of_somebodys_own_goes_first(
     plugins: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(SHOUTS)
-    import_from(site, monkeypatch)
+    import_from(tmp_path / "site", monkeypatch, sitecustomize=SHOUTS)
     write(plugins)
     async with hosting(plugins, data_dir) as engine:
         assert await answer(engine) == ["FIRST", 1, 1]
@@ -211,9 +210,7 @@ async def test_modules_of_other_folders_are_none_of_ours(
     plugins: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "helper.py").write_text("WHICH = 'elsewhere'")
-    import_from(elsewhere, monkeypatch)
+    import_from(elsewhere, monkeypatch, helper="WHICH = 'elsewhere'")
     modules = write(plugins)
     modules[1].unlink()
     beside = plugins.parent / "beside"

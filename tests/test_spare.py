@@ -132,9 +132,7 @@ async def test_a_finder_that_cannot_stand_the_rehearsal_breaks_no_start(
     plugins: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra = tmp_path / "extra"
-    extra.mkdir()
-    (extra / "sitecustomize.py").write_text(TOUCHY)
-    import_from(extra, monkeypatch)
+    import_from(extra, monkeypatch, sitecustomize=TOUCHY)
     write_honest(plugins)
     async with hosting(plugins, data_dir) as engine:
         assert engine.health("honest").state == "INITIALIZED"

@@ -88,10 +88,10 @@ def test_progress_is_no_argument_whatever_its_default() -> None:
     assert list(bound.hints) == ["a", "b"]
 
 
-PLAIN_NAMES = ["plain", "generic", "local", "of_class", "generator", "none", "any", "array"]
-
-
-@pytest.mark.parametrize("name", [*PLAIN_NAMES, "text", "text_of_none"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "generic", "local", "of_class", "generator", "none", "any", "array", "text", "text_of_none"],
+)
 def test_what_is_plain_is_read_without_inspect(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was asked")

@@ -288,7 +288,7 @@ def failed_call(failed: wire.Failed, tool: str, memory_limit_bytes: int) -> Caus
     return Cause(ReasonCode.TOOL_EXCEPTION, text)
 
 
-_STAGE_CODES: dict[str, ReasonCode] = {
+_STAGE_CODES = {
     "import": ReasonCode.IMPORT_ERROR,
     "init": ReasonCode.INIT_ERROR,
     "validate": ReasonCode.VALIDATE_FAILED,

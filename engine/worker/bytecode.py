@@ -11,6 +11,8 @@ import contextlib
 import marshal
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.machinery import (
     BYTECODE_SUFFIXES,
     EXTENSION_SUFFIXES,
@@ -30,43 +32,45 @@ if TYPE_CHECKING:
 _FLAGS = (0b11).to_bytes(4, "little")  # PEP 552: it bears the source's hash, and that is looked at
 
 
-def pyc(source: bytes, code: CodeType) -> bytes:
-    """The content of a `.pyc` file that Python checks by the source's hash."""
-    return _header(source) + marshal.dumps(code)
-
-
-def _header(source: bytes) -> bytes:
+def header(source: bytes) -> bytes:
+    """How a `.pyc` file begins that is checked by this source."""
     return MAGIC_NUMBER + _FLAGS + source_hash(source)
+
+
+def pyc(begins: bytes, code: CodeType) -> bytes:
+    """The content of a `.pyc` file with that header."""
+    return begins + marshal.dumps(code)
 
 
 class Keeping(SourceFileLoader):
     """Python's own, but for what it keeps, and what of that it trusts."""
 
     def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002
-        """As it is kept, if that is of this very source; else compiled, and kept."""
+        """As it is kept, if that is of this very source; else compiled, and kept by `write`."""
         source, file = self.get_data(self.path), cache_from_source(self.path)
-        code = self._kept(file, _header(source))
+        begins = header(source)
+        code = self._kept(file, begins)
         if code is None:
             code = self.source_to_code(source, self.path)
             if not sys.flags.dont_write_bytecode:  # as the operator's environment says
-                _unwritten.append((self, file, source, code))
+                _unwritten.append(partial(self._keep, file, begins, code))
         return code
 
     def __reduce__(self) -> tuple[type[SourceFileLoader], tuple[str, str]]:
         return SourceFileLoader, (self.name, self.path)  # a plugin that unpickles it cannot import us
 
-    def keep(self, file: str, source: bytes, code: CodeType) -> None:
-        """Write it, if that can be."""
+    def _keep(self, file: str, begins: bytes, code: CodeType) -> None:
         with contextlib.suppress(OSError, ValueError, MemoryError):  # nested too deeply for `marshal`; or no room
             mode = os.stat(self.path).st_mode  # noqa: PTH116 - `Path` takes pages
             # What a full disk cuts short is found to be damaged when it is read.
-            self.set_data(file, pyc(source, code), _mode=mode | 0o200)
+            self.set_data(file, pyc(begins, code), _mode=mode | 0o200)
 
-    def _kept(self, file: str, header: bytes) -> CodeType | None:
+    def _kept(self, file: str, begins: bytes) -> CodeType | None:
         with contextlib.suppress(OSError, EOFError, TypeError, ValueError, MemoryError):  # none there, or damaged
             content = self.get_data(file)
-            if content.startswith(header):
-                code = marshal.loads(content[len(header) :])  # noqa: S302 - who could change it could change the source
+            if content.startswith(begins):
+                # Who could change it could change the source.
+                code = marshal.loads(memoryview(content)[len(begins) :])  # noqa: S302
                 if isinstance(code, CodeType):
                     # As Python does: the folder may have been moved.
                     _imp._fix_co_filename(code, self.path)  # type: ignore[attr-defined]  # noqa: SLF001
@@ -74,14 +78,13 @@ class Keeping(SourceFileLoader):
         return None
 
 
-_unwritten: list[tuple[Keeping, str, bytes, CodeType]] = []
+_unwritten: list[Callable[[], None]] = []
 
 
 def write() -> None:
     """Keep what was compiled."""
     while _unwritten:
-        loader, file, source, code = _unwritten.pop()
-        loader.keep(file, source, code)
+        _unwritten.pop()()
 
 
 # In the order of Python's own, for what else a folder may have.

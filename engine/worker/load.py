@@ -126,7 +126,7 @@ def _import(start: wire.Start) -> Callable[[Context], Any]:
     module_name, _, class_name = start.entry.partition(":")
     sys.path.insert(0, start.folder)
     bytecode.install(start.folder)
-    # Of others: Python would check it by the age of a file, which does not show each edit.
+    # Modules of other folders: Python would check those by their age, which does not show each edit.
     sys.dont_write_bytecode = True
     module = importlib.import_module(module_name)
     if _hidden(module_name, start.folder):

@@ -24,7 +24,7 @@ class Plugin:
     def validate(self) -> None: ...
     def tool(self, text: str, count: int = 1) -> dict[str, int]: return {}
 """
-_PYC = bytecode.pyc(_SOURCE, compile(_SOURCE, _FILE, "exec", dont_inherit=True))
+_PYC = bytecode.pyc(bytecode.header(_SOURCE), compile(_SOURCE, _FILE, "exec", dont_inherit=True))
 
 
 class _InNoFile(bytecode.Keeping):
