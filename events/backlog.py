@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 
+from events import pace
 from events.envelope import Event, Gap, PluginLog, Transition, WorkerExited
 
 EVENT_BYTES = 512  # about what an event takes in memory, beside a long text
@@ -96,14 +97,16 @@ class Backlog:
     def take(self, limit: int, wait_s: float | None = None) -> list[Event] | None:
         """Up to `limit` events to write, after the gap before them; waits for one, at most `wait_s`.
 
-        None: none came. Empty: closed and done. What is taken is numbered for good: it is never dropped, and the
-        next drop begins a gap of its own.
+        After that it lets others come for a moment (`pace.FIRST_S`). None: none came. Empty: closed and done. What
+        is taken is numbered for good: it is never dropped, and the next drop begins a gap of its own.
         """
         with self.changed:
             if not self._has_work() and wait_s != 0:
                 self._wake_bytes = 0
                 self.changed.wait_for(self._has_work, wait_s)
                 self._wake_bytes = math.inf
+                if self._waiting:
+                    self.gather(limit, pace.FIRST_S)
             if not self._has_work():
                 return None
             taken: list[Event] = []

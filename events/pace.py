@@ -1,9 +1,9 @@
 """The log's thread as a neighbour of the event loop: how often, and how long, it keeps the interpreter.
 
 A thread that works without a pause gives the interpreter up only when it is asked to, and that is after 5 ms
-(`sys.getswitchinterval`): each call whose answer arrives meanwhile is late by as much. So the work on a batch is
-cut into parts of one or two milliseconds, with a pause between in which whoever waits gets its turn. Smaller ones
-would make more calls late, each by less; and each hand-over of the interpreter costs as much as a dozen events.
+(`sys.getswitchinterval`): each call whose answer arrives meanwhile is late by as much. So what counts is how often
+the log works, not for how long: few large batches make fewer calls late than many small ones, and each costs some
+hand-overs of the interpreter and an fsync. Smaller parts would make more calls late, each by less.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from time import sleep
 
-PART_EVENTS = 1024
+PART_EVENTS = 4096
 # Asleep, not `sleep(0)`: that would take the interpreter back before a waiting thread has woken up.
 PAUSE_S = 50e-6
-# From one batch to the next: an event after a quiet moment is written at once, a stream of them in groups, because
-# each batch costs some hand-overs and an fsync. The more there were, the more it pays to wait.
+# From the first event after a quiet moment until it is written: a single call, or a worker's start, is over by
+# then, and did not compete with the writing.
+FIRST_S = 0.005
+# From one batch to the next: the longest where more than 10 000 events come in a second. What is not written yet
+# is lost with the engine, and nobody has seen it.
 GATHER_S = 0.02
-GATHER_MAX_S = 0.05
+GATHER_MAX_S = 0.2
 GATHER_EVENT_S = 1e-4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 
 import events.pace
 from events.audit import AuditLog, verify
+from events.backlog import Backlog
 from events.bus import EventBus
-from events.envelope import CallStarted
+from events.envelope import CallStarted, Event
 from events.log import EventLog
-from events.pace import GATHER_MAX_S, GATHER_S, PART_EVENTS, PAUSE_S, gather_s, parts
+from events.pace import FIRST_S, GATHER_MAX_S, GATHER_S, PART_EVENTS, PAUSE_S, gather_s, parts
 from events.projections import HealthProjection
 
 LONG_S = 20.0
@@ -42,10 +44,47 @@ def test_parts_are_all_of_a_batch_in_order_with_a_pause_between(count: int, paus
 
 
 def test_the_more_events_come_the_longer_others_are_waited_for() -> None:
-    waits = [gather_s(count) for count in (0, 1, 100, 250, 400, 100_000)]
+    waits = [gather_s(count) for count in (0, 1, 100, 250, 1500, 100_000)]
     assert waits == sorted(waits)
     assert (waits[0], waits[1], waits[-1]) == (GATHER_S, GATHER_S, GATHER_MAX_S)
     assert GATHER_S < gather_s(300) < GATHER_MAX_S
+
+
+class _Gathering(Backlog):
+    """While it lets events gather, one more comes."""
+
+    def gather(self, limit: int, wait_s: float) -> None:
+        assert (limit, wait_s) == (100, FIRST_S)
+        self.offer(_started(self.offered + 1))
+
+
+def _started(number: int) -> Event:
+    return Event(number, 0, "ocr", CallStarted("read", str(number)))
+
+
+def test_an_event_after_a_quiet_moment_waits_for_those_that_come_with_it() -> None:
+    backlog = _Gathering(1000, 0)
+    taken: list[list[Event] | None] = []
+    writer = threading.Thread(target=lambda: taken.append(backlog.take(100, LONG_S)))
+    writer.start()
+    while backlog._wake_bytes != 0:  # it does not wait for any event yet
+        time.sleep(1e-3)
+    backlog.offer(_started(1))
+    writer.join(LONG_S)
+    assert taken == [[_started(1), _started(2)]]
+
+
+def test_events_that_are_there_already_are_not_held_back() -> None:
+    backlog = _Gathering(1000, 0)
+    backlog.offer(_started(1))
+    assert backlog.take(100) == [_started(1)]
+
+
+def test_closing_does_not_wait_for_what_could_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(events.pace, "FIRST_S", 10 * LONG_S)
+    with EventLog.open(tmp_path / "events.db", source="test") as log:
+        log.offer(_started(1))
+        assert log.close(LONG_S).backlog == 0
 
 
 def test_a_batch_is_written_and_audited_in_parts_and_nothing_is_lost(tmp_path: Path, pauses: list[float]) -> None:

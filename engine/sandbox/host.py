@@ -228,8 +228,6 @@ class Worker:
             opened.callback(self._output.close)
             self._loop.add_reader(self._spawned.pidfd, self._died.set)
             opened.callback(self._loop.remove_reader, self._spawned.pidfd)
-            self._watch.add(self)
-            opened.callback(self._watch.discard, self)
         except BaseException:  # nobody would end it, and the fork server collects it
             self._signal(signal.SIGKILL)
             self._release()
@@ -509,6 +507,8 @@ class Worker:
         try:
             self.shm_fd = shm.of(self.pid)  # before the plugin is touched
             self._channel.send(wire.Go())
+            self._watch.add(self)
+            self._opened.callback(self._watch.discard, self)
         except Exception as exc:  # which the start is told of
             self._started.set_exception(exc)
 
