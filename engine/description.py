@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 
 from engine.loader.findings import Finding
@@ -49,7 +51,7 @@ def describe(incarnation: Incarnation) -> PluginDescription:
         state=status.state.value,
         reason=None if status.cause is None else status.cause.reason,
         reason_code=None if status.cause is None else status.cause.reason_code.value,
-        folder=str(incarnation.candidate.folder),
+        folder=os.fsencode(incarnation.candidate.folder).decode("utf-8", "backslashreplace"),
     )
     if manifest is None:
         return head

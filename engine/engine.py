@@ -144,8 +144,8 @@ class Engine:
             self._parts = stack.pop_all()
 
     async def settle(self) -> None:
-        """Start every plugin; returns when each has settled, in service or not."""
-        starts = [self._start(incarnation) for incarnation in self.registry.all()]
+        """Start every plugin; returns when each has settled, in service or not. Called again, it only waits."""
+        starts = [self._starts.get(each.name) or self._start(each) for each in self.registry.all()]
         if starts:
             await asyncio.wait(starts)
         self._settled = True

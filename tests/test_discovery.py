@@ -134,6 +134,14 @@ def test_a_manifest_without_a_readable_name_is_listed_by_its_folder(
     assert reason(candidate).isprintable()
 
 
+def test_a_folder_that_no_text_can_name_is_a_problem_of_its_own(tmp_path: Path) -> None:
+    plugin(tmp_path / os.fsdecode(b"bad\xff") / "p", "stated")
+    (candidate,) = found(tmp_path / os.fsdecode(b"bad\xff"))
+    assert candidate.manifest is None
+    assert reason(candidate).isprintable()
+    assert "is not UTF-8; rename it" in reason(candidate)
+
+
 def test_a_broken_plugin_of_a_taken_name_gets_a_name_of_its_own(tmp_path: Path) -> None:
     first = plugin(tmp_path / "a" / "p", "twin")
     second = plugin(tmp_path / "b" / "p", "twin", extra="zzz = 1\n")
