@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import msgspec
 
 from engine.loader.findings import Finding
 from engine.loader.manifest import Limits, Package, Sandbox
+from engine.loader.toml_source import printable
 from engine.registry import Incarnation
 
 
@@ -51,7 +50,7 @@ def describe(incarnation: Incarnation) -> PluginDescription:
         state=status.state.value,
         reason=None if status.cause is None else status.cause.reason,
         reason_code=None if status.cause is None else status.cause.reason_code.value,
-        folder=os.fsencode(incarnation.candidate.folder).decode("utf-8", "backslashreplace"),
+        folder=printable(str(incarnation.candidate.folder), 4096),
     )
     if manifest is None:
         return head

@@ -26,6 +26,7 @@ from engine.health_json import HealthJson
 from engine.lifecycle.states import Trigger
 from engine.loader.discovery import discover, reread
 from engine.loader.gpu import GpuCheck
+from engine.loader.toml_source import printable
 from engine.outcome import Outcome, Refused
 from engine.pulse import Pulse
 from engine.registry import Incarnation, PluginRegistry
@@ -294,13 +295,14 @@ class Engine:
             if self._stopping:
                 raise SetupError("the engine is stopping; restart the plugin at the next one")
             old = self.registry.get(name)
+            candidate = await asyncio.to_thread(reread, old.candidate)
+            # From here on `settle` finds a start of it, or there is nothing to wait for until there is one.
             if (start := self._starts.get(name)) is not None and not start.done():
                 start.cancel()
                 await asyncio.wait([start])
             if old.pool is not None:
                 old.pool.close(_RESTARTED)
                 await old.pool.end()
-            candidate = await asyncio.to_thread(reread, old.candidate)
             await asyncio.wait([self._start(self.registry.begin(candidate), refresh_gpu=True)])
             return self.health(name)
 
@@ -447,7 +449,11 @@ def _log_fault(name: str, exc: BaseException) -> None:
 
 def _make_folder(folder: Path) -> None:
     try:
+        str(folder).encode()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except UnicodeEncodeError as exc:  # no message to a worker could name what lies in it
+        text = f"the data folder {printable(str(folder), 4096)} has a path that is not UTF-8; choose another one"
+        raise SetupError(text) from exc
     except OSError as exc:
         raise _unusable(folder, exc) from exc
 

@@ -35,7 +35,8 @@ from events.log import Batch, CorruptLog, EventLog, LogClosed, LogUnavailable
 
 __all__ = ["AuditLog", "AuditReport", "AuditState", "verify"]
 
-CATCH_UP_EVENTS = 20_000  # at most, while a batch of the log waits: under half a second
+# At most, while a batch of the log waits: under half a second. More than a batch brings, to catch up at all.
+CATCH_UP_EVENTS = 20_000
 WRITE_EVENTS = 1000
 TAIL_BYTES = 1 << 20
 

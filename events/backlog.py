@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 
-from events import pace
 from events.envelope import Event, Gap, PluginLog, Transition, WorkerExited
 
 EVENT_BYTES = 512  # about what an event takes in memory, beside a long text
@@ -34,7 +33,7 @@ class Backlog:
 
     def __init__(self, limit: int, last: int) -> None:
         """At most `limit` events, and on average `AVERAGE_BYTES` each."""
-        self._lock = threading.RLock()  # guards all that the writer and others share
+        self._lock = threading.RLock()  # guards all that the writer and others share; `take` gathers under it
         self.changed = threading.Condition(self._lock)
         self.offered = last  # the last number seen
         self.dropped = 0  # events that a gap stands for
@@ -94,11 +93,12 @@ class Backlog:
         self._gap = Gap(first, number, f"could not be written: {self.trouble or 'the disk is too slow'}")
         self.dropped += 1
 
-    def take(self, limit: int, wait_s: float | None = None) -> list[Event] | None:
-        """Up to `limit` events to write, after the gap before them; waits for one, at most `wait_s`.
+    def take(self, limit: int, wait_s: float | None = None, gather_s: float = 0.0) -> list[Event] | None:
+        """Up to `limit` events to write, after the gap before them.
 
-        After that it lets others come for a moment (`pace.FIRST_S`). None: none came. Empty: closed and done. What
-        is taken is numbered for good: it is never dropped, and the next drop begins a gap of its own.
+        Waits for one, at most `wait_s`; where it had to, it then lets more gather for `gather_s`. None: none came.
+        Empty: closed and done. What is taken is numbered for good: it is never dropped, and the next drop begins a
+        gap of its own.
         """
         with self.changed:
             if not self._has_work() and wait_s != 0:
@@ -106,7 +106,7 @@ class Backlog:
                 self.changed.wait_for(self._has_work, wait_s)
                 self._wake_bytes = math.inf
                 if self._waiting:
-                    self.gather(limit, pace.FIRST_S)
+                    self.gather(limit, gather_s)
             if not self._has_work():
                 return None
             taken: list[Event] = []
@@ -127,7 +127,10 @@ class Backlog:
             return taken
 
     def gather(self, limit: int, wait_s: float) -> None:
-        """Let events gather for so long; not when `limit` of them are there, half of what may wait, or the end."""
+        """Let events gather for so long; not when `limit` of them are there, half of what may wait, or the end.
+
+        Those with long texts count for more than one.
+        """
         enough_bytes = min(limit, self._limit // 2) * EVENT_BYTES
         with self.changed:
             self.changed.wait_for(lambda: self._has_gathered(enough_bytes), wait_s)

@@ -230,12 +230,14 @@ def encode_all(events: Sequence[Event], source: str) -> tuple[list[str], list[by
 def _times(events: Sequence[Event]) -> list[str]:
     """`event.time` of each; asked for once a second, not once an event."""
     times = []
-    known, form = -1, ""
+    begins, ends, form = 0, 0, ""
     for event in events:
-        second, microsecond = divmod(event.time_ns // 1000, 1_000_000)
-        if second != known:
-            known, form = second, _within_the_second(second)
-        times.append(form % microsecond)
+        time_ns = event.time_ns
+        if not begins <= time_ns < ends:
+            second = time_ns // 1_000_000_000
+            begins, form = second * 1_000_000_000, _within_the_second(second)
+            ends = begins + 1_000_000_000
+        times.append(form % ((time_ns - begins) // 1000))
     return times
 
 

@@ -19,7 +19,6 @@ from events.envelope import (
     EngineStarted,
     Event,
     EventData,
-    Gap,
     PluginFacts,
     Transition,
     WorkerExited,
@@ -186,14 +185,13 @@ class HealthProjection:
         subject, data, views = event.subject, event.data, self._views
         if subject is None:
             if isinstance(data, EngineStarted):
-                for name, view in list(views.items()):
-                    views[name] = replace(view, present=False, in_flight=0, pids=(), as_of=event.sequence)
+                for name, known in list(views.items()):
+                    views[name] = replace(known, present=False, in_flight=0, pids=(), as_of=event.sequence)
             return
-        if isinstance(data, Gap):
-            return
-        view = views.get(subject) or PluginView(subject, present=False)
-        if not view.present:  # it enters this engine run: plugins stand in the order in which they do
+        view = views.get(subject)
+        if view is None or not view.present:  # it enters this engine run: that is the order of plugins
             views.pop(subject, None)
+            view = view or PluginView(subject, present=False)
         views[subject] = _FOLDS.get(type(data), _seen)(view, event, data)
 
     def view(self, name: str) -> PluginView | None:

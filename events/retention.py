@@ -29,7 +29,7 @@ from events.store import Numbering, Store
 
 LET_GO = frozenset(kind.TYPE for kind in (CallStarted, CallFinished, CallProgress, PluginLog))
 LIFECYCLE_EVENTS = 1_000_000
-ROWS = 500  # in one turn: a few milliseconds
+ROWS = 500  # in one turn, where fewer were written: a few milliseconds
 LOOK_EVERY_S = 60.0  # for events that have come of age, and after a failure
 SPARE_PAGES = 256  # may be empty in any file
 VACUUM_PAGES = 64  # given back in one turn
@@ -86,7 +86,7 @@ class Retention:
         self.pause_s = None if events is None and days is None else 0.0  # until the next turn; None: at an event
 
     def turn(self, durable: int, snapshot: int, batch: int) -> None:
-        """Let go of what may go, about as much as a `batch` of events brought, at least `ROWS`.
+        """Let go of what may go, twice as many as the `batch` of events that was written, at least `ROWS`.
 
         Args:
             durable: the last number that is durable.

@@ -25,7 +25,10 @@ from events.retention import Retention
 from events.snapshot import Snapshot, save_snapshot
 from events.store import Store
 
-BATCH_EVENTS = 16_384  # in one transaction
+BATCH_EVENTS = 8192  # in one transaction
+# That many are written without waiting for more: fewer than a batch may have, so that those that come until the
+# thread runs go with them; and than the ring keeps, so that a reader that is one batch behind stays off the disk.
+ENOUGH_EVENTS = 6000
 SNAPSHOT_EVERY = 50_000  # events
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 5.0
@@ -107,12 +110,12 @@ class Writer:
         return self._store.path
 
     def _write_all(self) -> bool:
-        while (events := self._backlog.take(BATCH_EVENTS, self._retention.pause_s)) != []:
+        while (events := self._backlog.take(BATCH_EVENTS, self._retention.pause_s, pace.QUIET_GATHER_S)) != []:
+            count = len(events or ())
             if events is not None and not self._write_batch(events):
                 return False
-            self._retention.turn(self._durable, self._snapshot_at, len(events or ()))
-            # Half: what comes until the thread runs still goes with them, and `take` need not count it off.
-            self._backlog.gather(BATCH_EVENTS // 2, pace.gather_s(len(events or ())))
+            self._retention.turn(self._durable, self._snapshot_at, count)
+            self._backlog.gather(ENOUGH_EVENTS, pace.gather_s(count))
         return True
 
     def _write_batch(self, events: list[Event]) -> bool:

@@ -137,7 +137,7 @@ def test_a_manifest_without_a_readable_name_is_listed_by_its_folder(
 def test_a_folder_that_no_text_can_name_is_a_problem_of_its_own(tmp_path: Path) -> None:
     plugin(tmp_path / os.fsdecode(b"bad\xff") / "p", "stated")
     (candidate,) = found(tmp_path / os.fsdecode(b"bad\xff"))
-    assert candidate.manifest is None
+    assert (candidate.name, candidate.manifest) == ("stated", None)
     assert reason(candidate).isprintable()
     assert "is not UTF-8; rename it" in reason(candidate)
 

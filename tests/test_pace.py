@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 
 import events.pace
-from events.audit import AuditLog, verify
+from events.audit import CATCH_UP_EVENTS, AuditLog, verify
 from events.backlog import Backlog
 from events.bus import EventBus
 from events.envelope import CallStarted, Event
 from events.log import EventLog
-from events.pace import FIRST_S, GATHER_MAX_S, GATHER_S, PART_EVENTS, PAUSE_S, gather_s, parts
+from events.pace import GATHER_MAX_S, GATHER_S, PART_EVENTS, PAUSE_S, QUIET_GATHER_S, gather_s, parts
 from events.projections import HealthProjection
+from events.writer import BATCH_EVENTS, ENOUGH_EVENTS
 
 LONG_S = 20.0
 
@@ -44,17 +46,32 @@ def test_parts_are_all_of_a_batch_in_order_with_a_pause_between(count: int, paus
 
 
 def test_the_more_events_come_the_longer_others_are_waited_for() -> None:
-    waits = [gather_s(count) for count in (0, 1, 100, 250, 1500, 100_000)]
+    waits = [gather_s(count) for count in (0, 1, 100, 250, 1500, BATCH_EVENTS)]
     assert waits == sorted(waits)
     assert (waits[0], waits[1], waits[-1]) == (GATHER_S, GATHER_S, GATHER_MAX_S)
     assert GATHER_S < gather_s(300) < GATHER_MAX_S
 
 
-class _Gathering(Backlog):
+class _Waited(Backlog):
+    """Says when it is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(1000, 0)
+        self.waits = threading.Event()
+        self.gathered: list[tuple[int, float]] = []
+
+    def _has_work(self) -> bool:
+        found = super()._has_work()
+        if not found:
+            self.waits.set()
+        return found
+
+
+class _Gathering(_Waited):
     """While it lets events gather, one more comes."""
 
     def gather(self, limit: int, wait_s: float) -> None:
-        assert (limit, wait_s) == (100, FIRST_S)
+        self.gathered.append((limit, wait_s))
         self.offer(_started(self.offered + 1))
 
 
@@ -63,28 +80,47 @@ def _started(number: int) -> Event:
 
 
 def test_an_event_after_a_quiet_moment_waits_for_those_that_come_with_it() -> None:
-    backlog = _Gathering(1000, 0)
+    backlog = _Gathering()
     taken: list[list[Event] | None] = []
-    writer = threading.Thread(target=lambda: taken.append(backlog.take(100, LONG_S)))
+    writer = threading.Thread(target=lambda: taken.append(backlog.take(100, LONG_S, QUIET_GATHER_S)))
     writer.start()
-    while backlog._wake_bytes != 0:  # it does not wait for any event yet
-        time.sleep(1e-3)
+    assert backlog.waits.wait(LONG_S)
     backlog.offer(_started(1))
     writer.join(LONG_S)
     assert taken == [[_started(1), _started(2)]]
+    assert backlog.gathered == [(100, QUIET_GATHER_S)]
 
 
 def test_events_that_are_there_already_are_not_held_back() -> None:
-    backlog = _Gathering(1000, 0)
+    backlog = _Gathering()
     backlog.offer(_started(1))
-    assert backlog.take(100) == [_started(1)]
+    assert backlog.take(100, None, QUIET_GATHER_S) == [_started(1)]
+    assert not backlog.gathered
 
 
-def test_closing_does_not_wait_for_what_could_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(events.pace, "FIRST_S", 10 * LONG_S)
-    with EventLog.open(tmp_path / "events.db", source="test") as log:
-        log.offer(_started(1))
-        assert log.close(LONG_S).backlog == 0
+def test_closing_does_not_wait_for_what_could_come() -> None:
+    backlog = _Waited()
+    taken: list[list[Event] | None] = []
+    writer = threading.Thread(target=lambda: taken.append(backlog.take(100, None, 10 * LONG_S)))
+    writer.start()
+    assert backlog.waits.wait(LONG_S)
+    backlog.offer(_started(1))
+    backlog.close()
+    writer.join(LONG_S)
+    assert taken == [[_started(1)]]
+
+
+def test_a_large_batch_is_gathered_at_more_than_10_000_events_a_second() -> None:
+    for rate, ends_s in ((9_000, GATHER_S), (11_000, GATHER_MAX_S)):
+        wait_s = GATHER_S
+        for _ in range(200):
+            wait_s = gather_s(round(wait_s * rate))
+        assert wait_s == pytest.approx(ends_s)
+
+
+def test_what_is_written_at_once_fits_where_it_has_to() -> None:
+    ring = inspect.signature(EventLog.open).parameters["ring"].default
+    assert ENOUGH_EVENTS < BATCH_EVENTS <= min(ring, CATCH_UP_EVENTS - 1)
 
 
 def test_a_batch_is_written_and_audited_in_parts_and_nothing_is_lost(tmp_path: Path, pauses: list[float]) -> None:
@@ -95,9 +131,9 @@ def test_a_batch_is_written_and_audited_in_parts_and_nothing_is_lost(tmp_path: P
         bus = EventBus(HealthProjection())
         bus.subscribe(log)
         with log._changed:  # the writer takes them at once
-            for number in range(4 * PART_EVENTS):
+            for number in range(BATCH_EVENTS):
                 bus.publish(CallStarted("read", str(number)), "ocr")
         assert log.flush(LONG_S)
-        assert len(pauses) == 2 * 3
-        assert verify(audit.path, last=4 * PART_EVENTS).ok
+        assert len(pauses) == 2 * (BATCH_EVENTS // PART_EVENTS - 1) > 0
+        assert verify(audit.path, last=BATCH_EVENTS).ok
     audit.close()

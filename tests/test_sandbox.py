@@ -6,12 +6,14 @@ import asyncio
 import json
 import os
 import resource
+import signal
 import struct
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ import pytest
 import uvloop
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import FINDS_ITS_CHANNEL, feed, hosting, until, write_honest, write_plugin
+from support import FINDS_ITS_CHANNEL, feed, hosting, settings_for, until, write_honest, write_plugin
 
-from engine.sandbox import arena, wire
+from engine import Engine
+from engine.errors import SetupError
+from engine.sandbox import arena, proc, wire
 from engine.sandbox.channel import Channel, ProtocolBreach
+from engine.sandbox.host import Worker
 from engine.sandbox.output import Output, RateLimit
 from engine.worker.confine import RESERVE_BYTES
 from events.envelope import PluginLog
@@ -548,3 +553,64 @@ async def test_the_engines_own_limits_stay_as_they_were(plugins: Path, data_dir:
         await asyncio.gather(*(engine.run("honest", "echo") for _ in range(5)))
     after = resource.getrlimit(resource.RLIMIT_DATA), resource.getrlimit(resource.RLIMIT_CORE), os.getsid(0)
     assert after == before
+
+
+@asynccontextmanager
+async def _opened(plugins: Path, data_dir: Path) -> AsyncIterator[Engine]:
+    """An engine that has not started its plugins."""
+    engine = Engine(settings_for(plugins, data_dir))
+    await engine.open()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def test_an_engine_that_is_settled_again_starts_nothing_again(plugins: Path, data_dir: Path) -> None:
+    write_honest(plugins)
+    async with _opened(plugins, data_dir) as engine:
+        await asyncio.gather(engine.settle(), engine.settle())
+        before = engine.bus.last
+        await engine.settle()
+        assert engine.bus.last == before
+        assert engine.health("honest").state == "INITIALIZED"
+
+
+async def test_a_plugin_that_is_restarted_while_the_engine_settles_is_started_once(
+    plugins: Path, data_dir: Path
+) -> None:
+    write_honest(plugins)
+    async with _opened(plugins, data_dir) as engine:
+        restarting = asyncio.create_task(engine.restart("honest"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it has begun
+        await asyncio.gather(engine.settle(), restarting)
+        assert engine.health("honest").state == "INITIALIZED"
+        assert not engine.faults
+        assert len(engine._watch._trees) == 1
+
+
+async def test_a_worker_that_is_killed_before_its_hello_did_not_die_of_what_the_kernel_had_killed_before(
+    plugins: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_honest(plugins)
+    killed_by_kernel = [5]
+    monkeypatch.setattr(proc, "oom_kills", lambda: killed_by_kernel[0])
+    connect = Worker._connect
+
+    async def killed(worker: Worker, *args: Any) -> None:
+        await connect(worker, *args)
+        os.kill(worker.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Worker, "_connect", killed)
+    async with _opened(plugins, data_dir) as engine:
+        await until(lambda: engine._watch._oom_kills[0][1] == 5)
+        killed_by_kernel[0] = 6  # something else, while there was no worker
+        await engine.settle()
+        assert engine.health("honest").reason_code == "killed_externally"
+
+
+async def test_a_data_folder_that_no_text_can_name_is_refused(plugins: Path, data_dir: Path) -> None:
+    engine = Engine(settings_for(plugins, data_dir / os.fsdecode(b"bad\xff")))
+    with pytest.raises(SetupError, match=r"bad\\udcff has a path that is not UTF-8; choose another one"):
+        await engine.open()

@@ -102,7 +102,8 @@ def test_what_was_killed_while_there_was_no_worker_counts_for_none(monkeypatch: 
     watch = MemoryWatch(0.1, lambda what, exc: None)
     watch._note_oom_kills(100.0)
     count = 8
-    watch._idle = True
+    watch._idle = True  # the first one has come
+    assert watch.oom_kills_since(499.9) == 0
     watch._note_oom_kills(500.0)
     assert watch.oom_kills_since(500.2) == 0
     count = 9

@@ -130,14 +130,14 @@ def _look(path: Path) -> _Found | None:
         reason = f"the plugin's folder {path} cannot be read ({why(error)}); correct its permissions or its link"
         return _Found(folder, reason=reason)
     try:
-        str(folder).encode()
-    except UnicodeEncodeError:  # no message to a worker could name it, nor any JSON
-        reason = f"the path of the plugin's folder {path} is not UTF-8; rename it, or the one above it that is not"
-        return _Found(folder, reason=reason)
-    try:
         manifest = read_manifest(folder)
     except ManifestInvalid as error:
         return _Found(folder, declared=error.name, reason=error.reason)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # no message to a worker could name it, nor any JSON
+        reason = f"the path of the plugin's folder {path} is not UTF-8; rename it, or the one above it that is not"
+        return _Found(folder, declared=manifest.name, reason=reason)
     return _Found(folder, manifest, manifest.name)
 
 

@@ -4,7 +4,7 @@
       ├── Start ──────────────────────────────▶ (waits in the channel)
       │  Fork (fork server) ──────────────────▶ forked, confined
       │◀───────────────────────────── Hello ────┤ then makes its scratch folder, contains itself
-      ├── Go ─────────────────────────────────▶ import, __init__, validate
+      ├── Go, and watched from here on ───────▶ import, __init__, validate
       │◀────────────────── Ready | StartFailed ─┤
       ├── Call ───────────────────────────────▶ check arguments, run the tool
       │◀─ Began? Progress… Item… Result | Failed┤
@@ -403,7 +403,8 @@ class Worker:
                 if not end.removed:
                     self._observer.fault("cgroup", TimeoutError(f"a process in {leaf.path} does not die"))
                 return end.oom_kills, end.at_limit and end.oom_kills > 0
-            if status.signal == signal.SIGKILL and self._ending is None:
+            # Before its hello it was not watched: nobody knows how many there had been.
+            if status.signal == signal.SIGKILL and self._ending is None and self._greeted:
                 return await asyncio.to_thread(self._watch.oom_kills_since, died_s), False
         except (OSError, RuntimeError) as exc:  # RuntimeError: no thread can be started
             self._observer.fault("memory evidence", exc)
@@ -507,8 +508,9 @@ class Worker:
         try:
             self.shm_fd = shm.of(self.pid)  # before the plugin is touched
             self._channel.send(wire.Go())
-            self._watch.add(self)
+            # Not before: the watch takes the interpreter for its first look, and a contained worker waits for Go.
             self._opened.callback(self._watch.discard, self)
+            self._watch.add(self)
         except Exception as exc:  # which the start is told of
             self._started.set_exception(exc)
 

@@ -49,7 +49,7 @@ class Watched(Protocol):
     pidfd: int
     memory_limit_bytes: int
     process_limit: int
-    shm_fd: int | None  # its own /dev/shm, once it has one
+    shm_fd: int | None  # its own /dev/shm; None where it has none
     scratch: str
     scratch_limit_bytes: int
 
@@ -79,8 +79,8 @@ class _Tree:
     """One worker, as the watch's thread sees it.
 
     Args:
-        worker: a new one, which holds next to nothing.
-        machine: from before it was there, if anything is known of that.
+        worker: a new one, which was told a moment ago to touch its plugin.
+        machine: from before that, if anything is known of it.
         interval_s: the watch's.
     """
 
@@ -158,7 +158,7 @@ class MemoryWatch:
         self.cpu_s = 0.0  # of this watch's thread
 
     def add(self, worker: Watched) -> None:
-        """Watch it from now on."""
+        """Watch it from now on: it was told to touch its plugin, and until then only our own code ran in it."""
         self._idle = self._idle or not self._trees
         # While there are others, the last look at them was a moment ago.
         tree = _Tree(worker, None if self._idle else self._machine, self._interval_s)
@@ -185,6 +185,8 @@ class MemoryWatch:
         Args:
             died_s: when the engine learnt of a death, as of `time.monotonic`.
         """
+        if self._idle:  # nobody has counted since
+            return 0
         known = self._oom_kills
         before = [count for at_s, count in known if at_s <= died_s - _OOM_BEFORE_S]
         return proc.oom_kills() - (before[-1] if before else known[0][1])

@@ -47,7 +47,7 @@ class Meter:
         pid: its root.
         limit_bytes: what is over this is read as exactly as can be.
         tasks: nothing is read exactly of a tree that has more processes and threads.
-        machine_shared_bytes: the machine's shared memory before the tree was there; None where that is not known.
+        machine_shared_bytes: the machine's shared memory before its plugin was there; None: nobody knows.
     """
 
     def __init__(self, pid: int, limit_bytes: int, tasks: int, machine_shared_bytes: int | None = None) -> None:
@@ -72,7 +72,7 @@ class Meter:
         """
         seen_at = machine.shared_bytes - _GROWTH_BYTES if self._seen_at is None else self._seen_at
         searched = bool(self._devices)
-        if moved := shm_fd != self._shm_fd:  # the worker has made its own meanwhile
+        if moved := shm_fd != self._shm_fd:  # at the first look, where it has its own
             self._shm_fd, self._devices = shm_fd, frozenset()
             self.close()
         grown = abs(machine.shared_bytes - seen_at) >= _GROWTH_BYTES
