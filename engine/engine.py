@@ -26,6 +26,7 @@ from engine.health_json import HealthJson
 from engine.lifecycle.states import Trigger
 from engine.loader.discovery import discover, reread
 from engine.loader.gpu import GpuCheck
+from engine.loader.regular_files import nameable
 from engine.loader.toml_source import printable
 from engine.outcome import Outcome, Refused
 from engine.pulse import Pulse
@@ -448,12 +449,11 @@ def _log_fault(name: str, exc: BaseException) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    try:
-        str(folder).encode()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except UnicodeEncodeError as exc:  # no message to a worker could name what lies in it
+    if not nameable(folder):
         text = f"the data folder {printable(str(folder), 4096)} has a path that is not UTF-8; choose another one"
-        raise SetupError(text) from exc
+        raise SetupError(text)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:
         raise _unusable(folder, exc) from exc
 

@@ -14,7 +14,7 @@ import msgspec
 from engine.errors import Cause, ReasonCode, SetupError
 from engine.loader.installed import installed_plugins
 from engine.loader.manifest import MANIFEST_FILE, Manifest, ManifestInvalid, read_manifest
-from engine.loader.regular_files import why
+from engine.loader.regular_files import nameable, why
 from engine.loader.toml_source import printable
 
 
@@ -133,9 +133,7 @@ def _look(path: Path) -> _Found | None:
         manifest = read_manifest(folder)
     except ManifestInvalid as error:
         return _Found(folder, declared=error.name, reason=error.reason)
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:  # no message to a worker could name it, nor any JSON
+    if not nameable(folder):
         reason = f"the path of the plugin's folder {path} is not UTF-8; rename it, or the one above it that is not"
         return _Found(folder, declared=manifest.name, reason=reason)
     return _Found(folder, manifest, manifest.name)

@@ -45,6 +45,15 @@ def read_exactly(file: BinaryIO, size: int) -> bytes:
     return bytes(parts)
 
 
+def nameable(path: Path) -> bool:
+    """Whether its name is UTF-8: otherwise no message to a worker could hold it, nor any JSON."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def why(error: OSError) -> str:
     """The system's words for an error, without the path that the caller names already."""
     return (error.strerror or str(error) or type(error).__name__).lower()

@@ -508,8 +508,8 @@ class Worker:
         try:
             self.shm_fd = shm.of(self.pid)  # before the plugin is touched
             self._channel.send(wire.Go())
-            # Not before: the watch takes the interpreter for its first look, and a contained worker waits for Go.
             self._opened.callback(self._watch.discard, self)
+            # Not before: the watch takes the interpreter for its first look, and a contained worker waits for Go.
             self._watch.add(self)
         except Exception as exc:  # which the start is told of
             self._started.set_exception(exc)

@@ -58,7 +58,6 @@ class Meter:
         self._whole = True  # whether every process let us look for its objects
         self._search: Generator[None, None, None] | None = None  # one that goes on at the next look
         self._seen_at = machine_shared_bytes  # the machine's shared memory, when we looked for them
-        self._shm_fd: int | None = None
         self._devices: frozenset[int] = frozenset()  # those of shared memory, but for the tree's own /dev/shm
 
     def read(self, pids: list[int], shm_fd: int | None, machine: proc.Machine, *, afresh: bool) -> Reading:
@@ -66,24 +65,20 @@ class Meter:
 
         Args:
             pids: its processes.
-            shm_fd: the worker's own /dev/shm; None where it has none.
+            shm_fd: the worker's own /dev/shm, the same at each look; None where it has none.
             machine: as of now.
             afresh: look for objects, though shared memory grew nowhere.
         """
         seen_at = machine.shared_bytes - _GROWTH_BYTES if self._seen_at is None else self._seen_at
-        searched = bool(self._devices)
-        if moved := shm_fd != self._shm_fd:  # at the first look, where it has its own
-            self._shm_fd, self._devices = shm_fd, frozenset()
-            self.close()
         grown = abs(machine.shared_bytes - seen_at) >= _GROWTH_BYTES
-        if self._search is None and (afresh or grown or (moved and searched)):
-            self._search = self._look_for_objects(pids)
+        if self._search is None and (afresh or grown):
+            self._search = self._look_for_objects(pids, shm_fd)
             self._seen_at = machine.shared_bytes
         until_s = time.monotonic() + _SEARCH_S
         while self._search is not None and time.monotonic() < until_s:
             if next(self._search, _END) is _END:
                 self._search = None
-        files_bytes, own_device = _shm(self._shm_fd)
+        files_bytes, own_device = _shm(shm_fd)
         shared = sum(self._objects.values()) + files_bytes
         usages = {pid: proc.usage(pid) for pid in pids}
         mapped = sum(usage.shared_bytes for usage in usages.values())
@@ -106,10 +101,10 @@ class Meter:
             self._search.close()
             self._search = None
 
-    def _look_for_objects(self, pids: list[int]) -> Generator[None, None, None]:
+    def _look_for_objects(self, pids: list[int], shm_fd: int | None) -> Generator[None, None, None]:
         """Step by step: who has a million descriptors must not hold up the looks at others."""
         if not self._devices:
-            own = set() if self._shm_fd is None else {os.fstat(self._shm_fd).st_dev}
+            own = set() if shm_fd is None else {os.fstat(shm_fd).st_dev}
             self._devices = frozenset((mappings.memory_file_systems(self._pid) | {_anonymous_device()}) - own)
         found: dict[tuple[int, int], int] = {}
         whole = True
