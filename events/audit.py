@@ -30,8 +30,8 @@ from events import pace
 from events.audit_lines import Chain, Emitter
 from events.audit_verify import NOTHING, AuditReport, digest, parse, verify
 from events.bus import Fault
-from events.envelope import Event, Gap
-from events.log import Batch, CorruptLog, EventLog, LogClosed, LogUnavailable
+from events.envelope import Event
+from events.log import CorruptLog, EventLog, LogClosed, LogUnavailable
 
 __all__ = ["AuditLog", "AuditReport", "AuditState", "verify"]
 
@@ -102,7 +102,7 @@ class AuditLog:
         with self._lock, self._noting_faults():
             self._ready()
             for part in self._missing(limit):
-                self._write([(part, [event.time for event in part])])
+                self._write([part])
                 written += len(part)
         return written
 
@@ -119,16 +119,16 @@ class AuditLog:
             finally:
                 self._release()
 
-    def _on_batch(self, batch: Batch) -> None:
+    def _on_batch(self, batch: Sequence[Event]) -> None:
         if self._closed:
             return
         with self._lock, self._noting_faults():
             self._ready()
-            if self._last + 1 == batch.events[0].sequence:
-                self._write((batch.events[part], batch.times[part]) for part in pace.parts(len(batch.events)))
+            if self._last + 1 == batch[0].sequence:
+                self._write(batch[part] for part in pace.parts(len(batch)))
                 return
             for missing in self._missing(CATCH_UP_EVENTS):
-                self._write([(missing, [event.time for event in missing])])
+                self._write([missing])
 
     @contextlib.contextmanager
     def _noting_faults(self) -> Iterator[None]:
@@ -162,20 +162,20 @@ class AuditLog:
                 self._write_note("audit.events_not_kept", after=event.sequence - 1, had=end)
                 part = []
             part.append(event)
-            end = _end(event)
+            end = event.end
             if len(part) == WRITE_EVENTS:
                 yield part
                 part = []
         if part:
             yield part
 
-    def _write(self, parts: Iterable[tuple[Sequence[Event], Sequence[str]]]) -> None:
-        """Lines of events with their times, in one write: each lets go of the interpreter, and waits for it."""
+    def _write(self, parts: Iterable[Sequence[Event]]) -> None:
+        """Lines of events, in one write: each lets go of the interpreter, and waits for it."""
         last = self._last
         try:
-            for events, times in parts:
-                self._emitter.emit_events(events, times)
-                last = _end(events[-1])
+            for events in parts:
+                self._emitter.emit_events(events)
+                last = events[-1].end
         except BaseException:
             self._release()  # the chain in memory is ahead of the file; opening it again sets that right
             raise
@@ -266,11 +266,6 @@ class AuditLog:
             os.fsync(file.fileno())
         os.ftruncate(self._fd, end)
         return aside
-
-
-def _end(event: Event) -> int:
-    """The last number that the event stands for."""
-    return event.data.last if isinstance(event.data, Gap) else event.sequence
 
 
 def _read(fd: int, start: int, end: int) -> bytes:

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from events.audit_verify import NOTHING, digest
-from events.envelope import CallFinished, Event, EventData, Gap, Transition
+from events.envelope import CallFinished, Event, EventData, Gap, Transition, rfc3339_all
 from events.redact import Fields, redactor, suspicion
 
 Level: TypeAlias = Literal["info", "warning", "error"]
@@ -92,8 +92,9 @@ class Emitter(structlog.BoundLoggerBase):
         """
         self._proxy_to_logger("info", None, lines=lines)
 
-    def emit_events(self, events: Sequence[Event], times: Sequence[str]) -> None:
+    def emit_events(self, events: Sequence[Event]) -> None:
         """The events' lines."""
+        times = rfc3339_all(event.time_ns for event in events)
         self.emit([_line(event, time) for event, time in zip(events, times, strict=True)])
 
     def emit_note(self, name: str, *, after: int, **fields: Any) -> None:

@@ -76,7 +76,7 @@ class Backlog:
             if not waiting and not self._taken:
                 self._moved = time.monotonic()
             waiting.append(event)
-            self._waiting_bytes += _weight(event)
+            self._waiting_bytes += weight(event)
             if self._taken + len(waiting) > self._limit:
                 self._drop_oldest()
             while waiting and self._taken_bytes + self._waiting_bytes > self._max_bytes:
@@ -87,7 +87,7 @@ class Backlog:
 
     def _drop_oldest(self) -> None:
         oldest = self._waiting.popleft()
-        self._waiting_bytes -= _weight(oldest)
+        self._waiting_bytes -= weight(oldest)
         number = oldest.sequence
         first = number if self._gap is None else self._gap.first
         self._gap = Gap(first, number, f"could not be written: {self.trouble or 'the disk is too slow'}")
@@ -120,7 +120,7 @@ class Backlog:
             else:
                 first = [self._waiting.popleft() for _ in range(limit)]
                 taken.extend(first)
-                self._taken_bytes = sum(map(_weight, first))
+                self._taken_bytes = sum(map(weight, first))
             self._waiting_bytes -= self._taken_bytes
             self._taken = len(taken)
             self._moved = time.monotonic()
@@ -157,7 +157,7 @@ class Backlog:
             self.changed.notify_all()
 
 
-def _weight(event: Event) -> int:
-    """Bytes in memory, about."""
+def weight(event: Event) -> int:
+    """Bytes that an event takes in memory, about."""
     field = _LONG_TEXT.get(type(event.data))
     return EVENT_BYTES if field is None else EVENT_BYTES + sys.getsizeof(getattr(event.data, field))

@@ -1,6 +1,6 @@
 """Reading the log as it grows: a reader is a number, not a queue.
 
-    writer ──▶ Ring (the latest records, shared by all) ──▶ Cursor: position 4711
+    writer ──▶ Ring (the latest events, shared by all) ──▶ Cursor: position 4711
                     │ one wake-up per event loop and batch ──▶ every cursor of that loop
     database ───────┴─▶ a cursor that is behind the ring
 
@@ -19,12 +19,12 @@ from typing import Protocol
 
 import msgspec
 
-from events.backlog import LogClosed
-from events.envelope import TYPE_PREFIX, Gap
+from events.backlog import LogClosed, weight
+from events.envelope import TYPE_PREFIX, Event, Gap, encode
 from events.record import Record
 from events.retention import LET_GO
 
-RECORD_BYTES = 1024  # that the bound on the ring's memory allows a record on average
+RECORD_BYTES = 1024  # that the bound on the ring's memory allows an event on average
 BATCH_LIMIT = 1000  # records in one batch of a cursor
 BATCH_BYTES = 256 * 1024  # of JSON in one batch, or one record: what each of many slow readers holds
 
@@ -50,12 +50,13 @@ class Filter(msgspec.Struct, frozen=True):
         """Whether retention keeps all that the reader wants."""
         return self.types is not None and self.types.isdisjoint(LET_GO)
 
-    def passes(self, record: Record) -> bool:
+    def passes(self, entry: Event | Record) -> bool:
         """Whether the reader wants it."""
-        if record.type == Gap.TYPE:
+        kind = entry.type
+        if kind == Gap.TYPE:
             return True
-        return (self.subjects is None or record.subject in self.subjects) and (
-            self.types is None or record.type in self.types
+        return (self.subjects is None or entry.subject in self.subjects) and (
+            self.types is None or kind in self.types
         )
 
 
@@ -67,46 +68,46 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Ring:
-    """The latest records. One writer; readers on any thread, without a lock.
+    """The latest events, as records for those who read them. One writer; readers on any thread, without a lock.
 
-    Invariant: `_kept` holds every record numbered above `_kept.floor`, in order. Its list only grows; to
-    shrink, the whole of it is replaced, so a reader keeps what it began with.
+    Invariant: `_kept` holds everything numbered above `_kept.floor`, in order. Its list only grows, and an event
+    becomes its record in place; to shrink, the whole of it is replaced, so a reader keeps what it began with.
     """
 
     class _Kept:
-        __slots__ = ("floor", "records")
+        __slots__ = ("entries", "floor")
 
-        def __init__(self, floor: int, records: list[Record]) -> None:
+        def __init__(self, floor: int, entries: list[Event | Record]) -> None:
             self.floor = floor
-            self.records = records
+            self.entries = entries
 
-    def __init__(self, size: int, floor: int) -> None:
-        """Keeps `size` records, and on average `RECORD_BYTES` each; for a while up to twice that."""
+    def __init__(self, size: int, floor: int, source: str) -> None:
+        """Keeps `size` events of the engine `source`, on average `RECORD_BYTES` each; for a while twice that."""
         self._size = size
-        self._bytes = 0  # of JSON; the writer's own
+        self._source = source
+        self._bytes = 0  # the writer's own
         self._kept = Ring._Kept(floor, [])
 
     @property
     def floor(self) -> int:
-        """Every record numbered above it is here."""
+        """Everything numbered above it is here."""
         return self._kept.floor
 
-    def extend(self, records: Sequence[Record]) -> None:
-        """Add a batch; lets the oldest go, at twice the size, so that the cost per record is constant."""
+    def extend(self, events: Sequence[Event]) -> None:
+        """Add a batch; lets the oldest go, at twice the size, so that the cost per event is constant."""
         kept = self._kept
-        kept.records.extend(records)
-        self._bytes += sum(len(record.json) for record in records)
-        if len(kept.records) >= 2 * self._size or self._bytes >= 2 * self._size * RECORD_BYTES:
-            self._shrink(kept.records)
+        kept.entries.extend(events)
+        self._bytes += sum(map(weight, events))
+        if len(kept.entries) >= 2 * self._size or self._bytes >= 2 * self._size * RECORD_BYTES:
+            self._shrink(kept.entries)
 
-    def _shrink(self, records: list[Record]) -> None:
-        first, room = len(records), self._size * RECORD_BYTES
-        while first > max(0, len(records) - self._size) and len(records[first - 1].json) <= room:
-            first -= 1
-            room -= len(records[first].json)
-        floor = records[first].sequence - 1 if first < len(records) else records[-1].end
+    def _shrink(self, entries: list[Event | Record]) -> None:
+        first, room = len(entries), self._size * RECORD_BYTES
+        while first > max(0, len(entries) - self._size) and (left := room - _weight(entries[first - 1])) >= 0:
+            first, room = first - 1, left
+        floor = entries[first].sequence - 1 if first < len(entries) else entries[-1].end
         self._bytes = self._size * RECORD_BYTES - room
-        self._kept = Ring._Kept(floor, records[first:])
+        self._kept = Ring._Kept(floor, entries[first:])
 
     def read(self, after: int, until: int, limit: int, chosen: Filter) -> Page | None:
         """Up to `limit` wanted records numbered in (after, until], or None where the ring begins later."""
@@ -115,18 +116,26 @@ class Ring:
             return None
         found: list[Record] = []
         everything = chosen == _EVERYTHING
-        start = bisect_right(kept.records, after, key=_sequence)
-        if start and kept.records[start - 1].sequence < after < kept.records[start - 1].end:
+        entries = kept.entries
+        start = bisect_right(entries, after, key=_sequence)
+        if start and entries[start - 1].sequence < after < entries[start - 1].end:
             start -= 1  # `after` was never stored: the reader has to learn of the gap around it
-        for index in range(start, len(kept.records)):
-            record = kept.records[index]
-            if record.sequence > until:
+        for index in range(start, len(entries)):
+            entry = entries[index]
+            if entry.sequence > until:
                 break
-            if everything or chosen.passes(record):
+            if everything or chosen.passes(entry):
                 if len(found) == limit:
                     return Page(found, found[-1].end)
-                found.append(record)
+                if isinstance(entry, Event):  # made for all by whoever comes first; two at once make the same
+                    line = encode(entry, self._source)
+                    entry = entries[index] = Record(entry.sequence, entry.type, entry.subject, line)
+                found.append(entry)
         return Page(found, until)
+
+
+def _weight(entry: Event | Record) -> int:
+    return weight(entry) if isinstance(entry, Event) else len(entry.json)
 
 
 _EVERYTHING = Filter()

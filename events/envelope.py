@@ -6,7 +6,7 @@ what stands behind `holdfast.` in the envelope's `type`. New fields get defaults
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
@@ -180,6 +180,11 @@ class Event(msgspec.Struct, frozen=True, gc=False):
         """RFC 3339, UTC, microseconds."""
         return rfc3339(self.time_ns)
 
+    @property
+    def end(self) -> int:
+        """The last number it stands for: its own, or for a gap the last that is missing."""
+        return self.data.last if isinstance(self.data, Gap) else self.sequence
+
 
 class CloudEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The form outside the process: CloudEvents 1.0, structured mode."""
@@ -212,27 +217,11 @@ def _within_the_second(second: int) -> str:
     return (_EPOCH + timedelta(seconds=second)).isoformat()[:19] + ".%06dZ"
 
 
-def encode(event: Event, source: str) -> bytes:
-    """The event as CloudEvents JSON, one line."""
-    return _encoder.encode(_envelope(event, source, event.time))
-
-
-def encode_all(events: Sequence[Event], source: str) -> tuple[list[str], list[bytes]]:
-    """`event.time` and `encode(event, source)` of each: many at once take a third of the time."""
-    times = _times(events)
-    lines = _encoder.encode_lines(
-        [_envelope(event, source, time) for event, time in zip(events, times, strict=True)]
-    ).split(b"\n")
-    lines.pop()  # what follows the last line's end
-    return times, lines
-
-
-def _times(events: Sequence[Event]) -> list[str]:
-    """`event.time` of each; asked for once a second, not once an event."""
+def rfc3339_all(times_ns: Iterable[int]) -> list[str]:
+    """`rfc3339` of each; asked for once a second, not once an event."""
     times = []
     begins, ends, form = 0, 0, ""
-    for event in events:
-        time_ns = event.time_ns
+    for time_ns in times_ns:
         if not begins <= time_ns < ends:
             second = time_ns // 1_000_000_000
             begins, form = second * 1_000_000_000, _within_the_second(second)
@@ -241,17 +230,57 @@ def _times(events: Sequence[Event]) -> list[str]:
     return times
 
 
-def _envelope(event: Event, source: str, time: str) -> CloudEvent:
+def encode(event: Event, source: str) -> bytes:
+    """The event as CloudEvents JSON, one line."""
     data = event.data
+    return _encoder.encode(_envelope(event.sequence, data.TYPE, event.subject, event.time, data, source))
+
+
+def encode_all(events: Sequence[Event], source: str) -> list[bytes]:
+    """`encode(event, source)` of each: many at once take a third of the time."""
+    times = rfc3339_all(event.time_ns for event in events)
+    return _lines(
+        [
+            _envelope(event.sequence, event.data.TYPE, event.subject, time, event.data, source)
+            for event, time in zip(events, times, strict=True)
+        ]
+    )
+
+
+def encode_raw(
+    numbers: Sequence[int],
+    types: Sequence[str],
+    subject: str,
+    times_us: Sequence[int],
+    data: Sequence[msgspec.Raw],
+    source: str,
+) -> list[bytes]:
+    """`encode` of events of one plugin, of which `data` is encoded already; times in microseconds."""
+    times = rfc3339_all(time_us * 1000 for time_us in times_us)
+    return _lines(
+        [
+            _envelope(number, kind, subject, time, of_it, source)
+            for number, kind, time, of_it in zip(numbers, types, times, data, strict=True)
+        ]
+    )
+
+
+def _envelope(sequence: int, kind: str, subject: str | None, time: str, data: Any, source: str) -> CloudEvent:
     return CloudEvent(
-        id=str(event.sequence),
+        id=str(sequence),
         source=source,
-        type=TYPE_PREFIX + data.TYPE,
-        subject=event.subject,
+        type=TYPE_PREFIX + kind,
+        subject=subject,
         time=time,
-        sequence=event.sequence,
+        sequence=sequence,
         data=data,
     )
+
+
+def _lines(envelopes: Sequence[CloudEvent]) -> list[bytes]:
+    lines = _encoder.encode_lines(envelopes).split(b"\n")
+    lines.pop()  # what follows the last line's end
+    return lines
 
 
 def decode(line: bytes | str) -> Event:

@@ -3,6 +3,8 @@
     bus ──offer──▶ Backlog ──▶ Writer: encode, one transaction, commit ──▶ Ring ──▶ cursors
     (any thread)   (bounded)   (own thread)                        └─▶ durable listeners (audit)
 
+What is read is `Record`s, with an event's JSON; the ring makes it when the first reader of an event comes.
+
 Nothing outside the process learns of an event before its commit, so what was seen is still there, with the
 same number and bytes, after `kill -9` or lost power.
 """
@@ -10,7 +12,7 @@ same number and bytes, after `kill -9` or lost power.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,15 +28,15 @@ from events.reading import Reading
 from events.record import CorruptLog, LogUnavailable, Record, explain
 from events.snapshot import Snapshot, load_snapshot
 from events.store import Store
-from events.writer import Batch, Writer
+from events.writer import Writer
 
-__all__ = ["Batch", "CorruptLog", "Cursor", "EventLog", "LogClosed", "LogState", "LogUnavailable", "Record"]
+__all__ = ["CorruptLog", "Cursor", "EventLog", "LogClosed", "LogState", "LogUnavailable", "Record"]
 
 STALLED_S = 5.0  # a write that takes longer is trouble, though it has not failed
 
 log = structlog.get_logger(__name__)
 
-Listener = Callable[[Batch], None]
+Listener = Callable[[Sequence[Event]], None]
 
 
 class LogState(msgspec.Struct, frozen=True):
@@ -70,7 +72,7 @@ class EventLog:
         self._settled = last = store.last()
         self._listeners: tuple[tuple[str, Listener], ...] = ()
         self._wakeups = Wakeups()
-        self._ring = Ring(ring, last)
+        self._ring = Ring(ring, last, source)
         self._backlog = Backlog(backlog, last)
         self._reading = Reading(store, self._ring, self._backlog, source=source, durable=last)
         self._changed = self._backlog.changed
@@ -97,7 +99,7 @@ class EventLog:
         *,
         source: str,
         backlog: int = 100_000,
-        ring: int = 8192,
+        ring: int = 16_384,
         retain_events: int | None = None,
         retain_days: float | None = None,
     ) -> EventLog:
@@ -107,7 +109,7 @@ class EventLog:
             path: the database file; its folder is created.
             source: the engine's instance, for the events written from now on.
             backlog: how many events may wait for the disk, with 1 KiB each on average.
-            ring: how many recent records are kept in memory for readers, with 1 KiB each on average.
+            ring: how many recent events are kept in memory for readers, with 1 KiB each on average.
             retain_events: at least that many of the latest numbers are kept in full; before them calls and log
                 lines go (see `events.retention`). None: they are kept for ever.
             retain_days: calls and log lines older than that go too. None: none goes for its age.
@@ -249,10 +251,10 @@ class EventLog:
         self._wakeups.notify()
         return self.state
 
-    def _publish(self, batch: Batch) -> None:
-        self._ring.extend(batch.records)
+    def _publish(self, batch: Sequence[Event]) -> None:
+        self._ring.extend(batch)
         with self._changed:
-            self._reading.durable = batch.records[-1].end
+            self._reading.durable = batch[-1].end
             self._backlog.settle()
             listeners = self._listeners
         self._wakeups.notify()

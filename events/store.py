@@ -29,8 +29,8 @@ from events.readers import BLOCKS, COLUMNS, GAP, Readers
 from events.record import CorruptLog, FileGone, Record, explain
 
 FORMAT = "holdfast-events"
-VERSION = "2"
-OLDER = ("1",)  # no blocks: a row for each event
+VERSION = "3"
+OLDER = ("1", "2")  # a row for each event; blocks of whole lines
 QUICK_CHECK_BYTES = 64 * 1024 * 1024
 INSERT_ROWS = 256  # in one statement
 _ALL = 2**63 - 1  # SQLite's largest number
@@ -43,7 +43,7 @@ log = structlog.get_logger(__name__)
 
 _CALLS = (  # see `events.blocks`
     "CREATE TABLE calls"
-    "(first INTEGER PRIMARY KEY, subject TEXT NOT NULL, marks BLOB NOT NULL, lines BLOB NOT NULL)",
+    "(first INTEGER PRIMARY KEY, subject TEXT NOT NULL, marks BLOB NOT NULL, json BLOB NOT NULL)",
     "CREATE INDEX calls_by_subject ON calls(subject)",
 )
 # All other events; in a log that was begun as version 1, its calls too.
@@ -131,14 +131,15 @@ class Store:
         version = self.meta("version")
         if version not in (*OLDER, VERSION):
             raise CorruptLog(self.path, f"its schema version is {version}, not {VERSION}")
-        needed = {"events"} if version in OLDER else {"events", "calls"}
+        needed = {"events"} if version == "1" else {"events", "calls"}
         if missing := needed - tables:
             raise CorruptLog(self.path, f"it has no table `{missing.pop()}`")
 
     def _upgrade(self, writer: sqlite3.Connection) -> None:
         """To this version; what an older one kept stays as it is."""
+        statements = _CALLS if self.meta("version") == "1" else ("ALTER TABLE calls RENAME COLUMN lines TO json",)
         writer.execute("BEGIN IMMEDIATE")
-        for statement in _CALLS:
+        for statement in statements:
             writer.execute(statement)
         self.put_meta("version", VERSION)
         writer.execute("COMMIT")
@@ -230,12 +231,12 @@ class Store:
         """Keep a value beside the events, durably. Raises sqlite3.Error."""
         self._connection().execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
-    def append(self, records: Sequence[Record]) -> None:
-        """Add records in one transaction: all or none, durable on return. Raises sqlite3.Error, OSError."""
+    def append(self, packed: blocks.Packed) -> None:
+        """Add events in one transaction: all or none, durable on return. Raises sqlite3.Error, OSError."""
         with self.transaction() as writer:
-            rows, calls = blocks.pack(records)
-            _insert(writer, f"events({COLUMNS})", [(r.sequence, r.type, r.subject, r.json) for r in rows])
-            _insert(writer, f"calls({blocks.COLUMNS})", calls)
+            rows = [(record.sequence, record.type, record.subject, record.json) for record in packed.rows]
+            _insert(writer, f"events({COLUMNS})", rows)
+            _insert(writer, f"calls({blocks.COLUMNS})", packed.calls)
 
     @contextlib.contextmanager
     def transaction(self, *, synced: bool = True) -> Iterator[sqlite3.Connection]:
@@ -266,12 +267,12 @@ class Store:
         writer.execute("DELETE FROM calls WHERE first <= ?", (blocks.window(until),))  # not looked at
         for block in self._begun(until):
             try:
-                rest = [record for record in blocks.unpack(block) if record.sequence > until]
+                rest = blocks.tail(block, until)
             except blocks.DamagedBlock as exc:
                 damaged.append(exc)
                 continue
             writer.execute("DELETE FROM calls WHERE first = ?", (block.first,))
-            _insert(writer, f"calls({blocks.COLUMNS})", blocks.pack(rest)[1])
+            _insert(writer, f"calls({blocks.COLUMNS})", [] if rest is None else [rest])
         return damaged
 
     def renumber(self, writer: sqlite3.Connection, numbering: Numbering) -> None:

@@ -10,38 +10,30 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
 import structlog
 
 from events import pace
 from events.backlog import Backlog
-from events.envelope import CallFinished, CallProgress, Event, Gap, encode, encode_all
+from events.blocks import Packed, pack
+from events.envelope import Event, Gap
 from events.projections import HealthProjection
-from events.record import CorruptLog, LogUnavailable, Record, explain
+from events.record import CorruptLog, LogUnavailable, explain
 from events.retention import Retention
 from events.snapshot import Snapshot, save_snapshot
 from events.store import Store
 
-BATCH_EVENTS = 8192  # in one transaction
+BATCH_EVENTS = 16_384  # in one transaction
 # That many are written without waiting for more: fewer than a batch may have, so that those that come until the
 # thread runs go with them; and than the ring keeps, so that a reader that is one batch behind stays off the disk.
-ENOUGH_EVENTS = 6000
+ENOUGH_EVENTS = 12_000
 SNAPSHOT_EVERY = 50_000  # events
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 5.0
 
 log = structlog.get_logger(__name__)
-
-
-class Batch(msgspec.Struct, frozen=True):
-    """What became durable at once: the events and, in the same order, their times (RFC 3339) and records."""
-
-    events: list[Event]
-    times: list[str]
-    records: list[Record]
 
 
 class Writer:
@@ -58,7 +50,7 @@ class Writer:
         projection: HealthProjection,
         retain_events: int | None,
         retain_days: float | None,
-        on_durable: Callable[[Batch], None],
+        on_durable: Callable[[Sequence[Event]], None],
         note_fault: Callable[[str, Exception], None],
     ) -> None:
         self._store = store
@@ -119,52 +111,53 @@ class Writer:
         return True
 
     def _write_batch(self, events: list[Event]) -> bool:
-        """Encode and fold them, make them durable, hand them on. False: the closing deadline came first."""
-        batch = Batch([], [], [])
+        """Pack and fold them, make them durable, hand them on. False: the closing deadline came first."""
+        sound: list[Event] = []
+        packed = Packed([], [])
         for part in pace.parts(len(events)):
-            self._encode(events[part], batch)
-        if not self._write(batch.records):
+            sound += self._pack(events[part], packed)
+        if not self._write(packed, sound[-1].end):
             return False
-        self._durable = batch.records[-1].end
-        self._on_durable(batch)
+        self._durable = sound[-1].end
+        self._on_durable(sound)
         if self._durable - self._snapshot_at >= SNAPSHOT_EVERY:
             self._save_snapshot()
         return True
 
-    def _encode(self, events: list[Event], batch: Batch) -> None:
+    def _pack(self, events: list[Event], into: Packed) -> list[Event]:
+        """Returns what stands for these events: those that have no JSON form are gaps."""
         try:
-            times, lines = _encoded(events, self._source)
-        except Exception as exc:  # data from a plugin: lone surrogates, numbers that JSON does not have
-            if len(events) > 1:
-                for event in events:
-                    self._encode([event], batch)
-                return
-            self._note_fault("encode", exc)
-            number, why = events[0].sequence, f"{events[0].type} has no JSON form: {type(exc).__name__}"
-            events = [Event(number, events[0].time_ns, None, Gap(number, number, why))]
-            times, lines = _encoded(events, self._source)
-            with self._backlog.changed:
-                self._backlog.dropped += 1
+            packed = pack(events, self._source)
+        except Exception:  # data from a plugin: lone surrogates, numbers that JSON does not have
+            events = [self._sound(event) for event in events]
+            packed = pack(events, self._source)
+        into.rows.extend(packed.rows)
+        into.calls.extend(packed.calls)
         for event in events:
             self._projection.apply(event)
-        batch.events.extend(events)
-        batch.times.extend(times)
-        batch.records.extend(
-            [
-                Record(event.sequence, event.data.TYPE, event.subject, line)
-                for event, line in zip(events, lines, strict=True)
-            ]
-        )
+        return events
 
-    def _write(self, records: list[Record]) -> bool:
-        """Make them durable however long it takes; False if the closing deadline came first."""
+    def _sound(self, event: Event) -> Event:
+        try:
+            pack([event], self._source)
+        except Exception as exc:  # which of them it is
+            self._note_fault("encode", exc)
+            number, why = event.sequence, f"{event.type} has no JSON form: {type(exc).__name__}"
+            with self._backlog.changed:
+                self._backlog.dropped += 1
+            return Event(number, event.time_ns, None, Gap(number, number, why))
+        return event
+
+    def _write(self, packed: Packed, end: int) -> bool:
+        """Make durable all up to `end`, however long it takes. False: the closing deadline came first."""
         delay_s = RETRY_FIRST_S
         while True:
             try:
+                missing = packed
                 if self._backlog.trouble is not None:
                     self._store.recover()
-                    records = self._missing_from_store(records)
-                self._store.append(records)
+                    missing = self._missing_from_store(packed, end)
+                self._store.append(missing)
             except (sqlite3.Error, OSError, CorruptLog, LogUnavailable) as exc:
                 self._degrade(exc)
             else:
@@ -175,8 +168,8 @@ class Writer:
                 return False
             delay_s = min(delay_s * 2, RETRY_MAX_S)
 
-    def _missing_from_store(self, records: list[Record]) -> list[Record]:
-        """What of the batch is not stored: a commit that reported an error may have come through.
+    def _missing_from_store(self, packed: Packed, end: int) -> Packed:
+        """What of the batch is not stored: a commit that reported an error may have come through, with all of it.
 
         Where the file was lost altogether, a gap says so in the place of what was in it.
         """
@@ -184,9 +177,9 @@ class Writer:
         if last < self._durable:
             self._snapshot_at = -SNAPSHOT_EVERY  # it was in the file; the next batch brings a new one
             lost = Gap(last + 1, self._durable, "the log's file was lost while it was open")
-            gap = Event(lost.first, time.time_ns(), None, lost)
-            return [Record(gap.sequence, gap.type, None, encode(gap, self._source)), *records]
-        return [record for record in records if record.sequence > last]
+            gap = pack([Event(lost.first, time.time_ns(), None, lost)], self._source)
+            return Packed(gap.rows + packed.rows, packed.calls)
+        return Packed([], []) if last >= end else packed
 
     def _degrade(self, exc: Exception) -> None:
         known = exc if isinstance(exc, (CorruptLog, LogUnavailable)) else explain(self._path, exc)
@@ -217,16 +210,3 @@ class Writer:
         except (sqlite3.Error, ValueError) as exc:  # a start only replays more
             self._note_fault("snapshot", exc)
         return self._snapshot_at
-
-
-def _encoded(events: list[Event], source: str) -> tuple[list[str], list[bytes]]:
-    """Times and lines. Raises where one has no JSON form: NaN and infinity would be written as null."""
-    for event in events:
-        data = event.data
-        if isinstance(data, CallFinished):
-            finite = math.isfinite(data.duration_ms)
-        else:
-            finite = not isinstance(data, CallProgress) or (math.isfinite(data.done) and math.isfinite(data.total))
-        if not finite:
-            raise ValueError("not a finite number")
-    return encode_all(events, source)

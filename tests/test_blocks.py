@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from events.blocks import CALLS, SPAN, pack, unpack, window
+from events.blocks import CALLS, SPAN, Block, pack, tail, unpack, window
 from events.bus import EventBus
-from events.envelope import CallStarted, Gap, decode
+from events.envelope import CallFinished, CallStarted, Event, EventData, Gap, PluginLog, Restarted, decode, encode
 from events.log import CorruptLog, EventLog
 from events.projections import HealthProjection
 from events.record import Record
@@ -25,15 +25,34 @@ from events.snapshot import Snapshot
 from events.store import Numbering, Store
 
 STARTED, FINISHED = "plugin.call.started", "plugin.call.finished"
+SOURCE = "holdfast/5f0c"
 MEMORY = Path("/dev/shm")  # each batch is synced, which a disk takes its time for
 
 
-def records(kinds: Sequence[tuple[str, str | None]], first: int = 1) -> list[Record]:
+def data_of(kind: type[EventData], text: str) -> EventData:
+    if kind is CallStarted:
+        return CallStarted("read", text)
+    if kind is CallFinished:
+        return CallFinished("read", text, True, len(text) / 3)
+    return PluginLog("log", "info", text) if kind is PluginLog else Restarted(len(text))
+
+
+def given_events(kinds: Sequence[tuple[type[EventData], str | None]], first: int = 1) -> list[Event]:
     """Of these types and plugins, in a row."""
     return [
-        Record(number, kind, plugin, b'{"sequence":%d}' % number)
+        Event(number, number * 1_234_567_000, plugin, data_of(kind, "é" * (number % 5)))
         for number, (kind, plugin) in enumerate(kinds, first)
     ]
+
+
+def records(events: Sequence[Event]) -> list[Record]:
+    """What a reader gets."""
+    return [Record(event.sequence, event.type, event.subject, encode(event, SOURCE)) for event in events]
+
+
+def older(block: Block) -> Block:
+    """As version 2 of the file had it: whole lines."""
+    return block._replace(json=b"\n".join([record.json for record in unpack(block)]))
 
 
 @contextlib.contextmanager
@@ -48,14 +67,14 @@ def opened(path: Path) -> Iterator[Store]:
 
 kinds = st.lists(
     st.tuples(
-        st.sampled_from([STARTED, FINISHED, FINISHED, "plugin.log", "plugin.restarted"]),
+        st.sampled_from([CallStarted, CallFinished, CallFinished, PluginLog, Restarted]),
         st.sampled_from(["a", "b", "c", None]),
     ),
     max_size=400,
 )
 
 
-def cut(drawn: list[Record], at: Collection[int]) -> list[list[Record]]:
+def cut(drawn: list[Event], at: Collection[int]) -> list[list[Event]]:
     """Batches."""
     edges = [0, *sorted(edge for edge in at if edge < len(drawn)), len(drawn)]
     return [drawn[start:end] for start, end in itertools.pairwise(edges) if start < end]
@@ -64,18 +83,37 @@ def cut(drawn: list[Record], at: Collection[int]) -> list[list[Record]]:
 @given(kinds, st.integers(1, 1000))
 @settings(deadline=None)
 def test_a_block_has_what_was_put_into_it_and_keeps_to_its_window(
-    drawn: list[tuple[str, str | None]], first: int
+    drawn: list[tuple[type[EventData], str | None]], first: int
 ) -> None:
-    given_records = records(drawn, first)
-    rows, blocks = pack(given_records)
+    published = given_events(drawn, first)
+    rows, blocks = pack(published, SOURCE)
     unpacked = [record for block in blocks for record in unpack(block)]
-    assert sorted([*rows, *unpacked], key=lambda record: record.sequence) == given_records
+    assert sorted([*rows, *unpacked], key=lambda record: record.sequence) == records(published)
     assert all(record.type in CALLS and record.subject is not None for record in unpacked)
     assert not any(record.type in CALLS and record.subject is not None for record in rows)
     for block in blocks:
         assert window(block.first) == window(block.last) < block.first <= block.last
         assert block.last - block.first < SPAN
         assert block.last == unpack(block)[-1].sequence
+        assert unpack(older(block)) == unpack(block)
+
+
+@given(kinds, st.integers(1, 1000), st.integers(0, 1500), st.booleans())
+@settings(deadline=None)
+def test_the_tail_of_a_block_is_what_comes_after_a_number(
+    drawn: list[tuple[type[EventData], str | None]], first: int, after: int, old: bool
+) -> None:
+    for block in pack(given_events(drawn, first), SOURCE).calls:
+        rest = tail(older(block) if old else block, after)
+        assert (unpack(rest) if rest else []) == [record for record in unpack(block) if record.sequence > after]
+
+
+def test_a_line_has_the_data_as_it_was_written_whatever_is_known_of_its_fields() -> None:
+    [block] = pack(given_events([(CallStarted, "a")]), SOURCE).calls
+    later = block._replace(json=block.json.replace(b'"tool":"read"', b'"mood":["good"],"tool":"read"'))
+    [record] = unpack(later)
+    assert b'"data":{"mood":["good"],"tool":"read"' in record.json
+    assert decode(record.json).data == CallStarted("read", "é")
 
 
 @given(
@@ -89,7 +127,7 @@ def test_a_block_has_what_was_put_into_it_and_keeps_to_its_window(
 )
 @settings(deadline=None, max_examples=200)
 def test_a_read_gives_what_a_list_of_all_would_give(
-    drawn: list[tuple[str, str | None]],
+    drawn: list[tuple[type[EventData], str | None]],
     edges: set[int],
     after: int,
     until: int,
@@ -97,13 +135,14 @@ def test_a_read_gives_what_a_list_of_all_would_give(
     subjects: set[str] | None,
     types: set[str] | None,
 ) -> None:
-    given_records = records(drawn)
+    published = given_events(drawn)
+    given_records = records(published)
     with (
         tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder,
         opened(Path(folder) / "events.db") as store,
     ):
-        for batch in cut(given_records, edges):
-            store.append(batch)
+        for batch in cut(published, edges):
+            store.append(pack(batch, SOURCE))
         wanted = [
             record
             for record in given_records
@@ -118,15 +157,16 @@ def test_a_read_gives_what_a_list_of_all_would_give(
 @given(kinds, st.sets(st.integers(1, 400), max_size=5), st.integers(1, 400))
 @settings(deadline=None, max_examples=100)
 def test_calls_can_be_let_go_up_to_any_number(
-    drawn: list[tuple[str, str | None]], edges: set[int], until: int
+    drawn: list[tuple[type[EventData], str | None]], edges: set[int], until: int
 ) -> None:
-    given_records = records(drawn)
+    published = given_events(drawn)
+    given_records = records(published)
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         path = Path(folder) / "events.db"
         with opened(path) as store:
-            for batch in cut(given_records, edges):
-                store.append(batch)
-            let_go = pack(given_records[:until])[0]
+            for batch in cut(published, edges):
+                store.append(pack(batch, SOURCE))
+            let_go = pack(published[:until], SOURCE).rows
             with store.transaction() as writer:
                 store.delete_calls(writer, until)
                 store.renumber(writer, Numbering(1, until + 1, len(let_go)))
@@ -139,7 +179,7 @@ def test_calls_can_be_let_go_up_to_any_number(
 
 def test_calls_of_many_plugins_are_found_whether_few_are_asked_for_or_many(tmp_path: Path) -> None:
     with opened(tmp_path / "events.db") as store:
-        store.append(records([(STARTED, f"plugin{number}") for number in range(1000)]))
+        store.append(pack(given_events([(CallStarted, f"plugin{number}") for number in range(1000)]), SOURCE))
         for count in (0, 1, 399, 400, 401, 600):
             chosen = [f"plugin{number}" for number in range(count)]
             found = store.read(0, 1000, 1000, chosen, [STARTED])
@@ -190,9 +230,31 @@ def test_a_block_of_unknown_numbers_is_a_corrupt_log(tmp_path: Path, change: str
         EventLog.open(path, source="test").close()
 
 
-@pytest.mark.parametrize("lines", ["x'7b7d'", "x''", "5", "CAST(lines AS TEXT)"])
-def test_what_cannot_be_read_of_a_block_is_replayed_as_gaps_and_counted(tmp_path: Path, lines: str) -> None:
-    path = damaged(tmp_path, f"UPDATE calls SET lines = {lines}")
+@pytest.mark.parametrize(
+    "json",
+    [
+        "x'7b7d'",
+        "x''",
+        "5",
+        "CAST(substr(json, 1, 40) AS BLOB)",
+        "CAST(replace(json, ',\"data\"', ',\"gone\"') AS BLOB)",
+        "CAST(replace(json, '\"times\":[', '\"times\":[0,') AS BLOB)",
+        "CAST(replace(json, '\"times\":[', '\"times\":[99') AS BLOB)",
+        "CAST('{\"specversion\"' AS BLOB)",
+    ],
+    ids=[
+        "empty",
+        "nothing",
+        "a number",
+        "torn",
+        "no data",
+        "a time too many",
+        "no such time",
+        "one line of version 2",
+    ],
+)
+def test_what_cannot_be_read_of_a_block_is_replayed_as_gaps_and_counted(tmp_path: Path, json: str) -> None:
+    path = damaged(tmp_path, f"UPDATE calls SET json = {json}")
     with EventLog.open(path, source="test", ring=1) as log:
         told = [decode(record.json).data for record in log.page(0, 9)]
         assert [data.first for data in told if isinstance(data, Gap)] == [1, 2, 3, 4, 5]
@@ -202,14 +264,14 @@ def test_what_cannot_be_read_of_a_block_is_replayed_as_gaps_and_counted(tmp_path
         assert log.faults["decode"].count == 5
 
 
-@pytest.mark.parametrize(("column", "value"), [("lines", b""), ("marks", b"z" * SPAN)])
+@pytest.mark.parametrize(("column", "value"), [("json", b""), ("json", b'{"specversion"'), ("marks", b"z" * SPAN)])
 @pytest.mark.parametrize("bounds", [{"retain_days": 1e-9}, {"retain_events": 100}], ids=["days", "events"])
 def test_retention_goes_past_what_cannot_be_read(
     tmp_path: Path, column: str, value: bytes, bounds: dict[str, Any]
 ) -> None:
     path = tmp_path / "events.db"
     with opened(path) as store:
-        store.append(records([(STARTED, "a")] * 1000))
+        store.append(pack(given_events([(CallStarted, "a")] * 1000), SOURCE))
         store.put_meta("snapshot", msgspec.msgpack.encode(Snapshot(1000, {})))
         store.put_meta("clean", "1")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:

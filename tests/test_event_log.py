@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,8 @@ import pytest
 import events.readers
 import events.store
 import events.writer
-from events.backlog import Backlog
+from events.backlog import Backlog, weight
+from events.blocks import Packed, pack, unpack
 from events.bus import EventBus
 from events.cursor import Filter
 from events.envelope import (
@@ -37,7 +38,7 @@ from events.envelope import (
     decode,
     encode,
 )
-from events.log import Batch, CorruptLog, Cursor, EventLog, LogClosed, LogUnavailable, Record
+from events.log import CorruptLog, Cursor, EventLog, LogClosed, LogUnavailable, Record
 from events.projections import HealthProjection, fold_all
 from events.store import Store
 
@@ -109,7 +110,19 @@ def of_version_1(path: Path, index: str) -> list[Event]:
     return kept
 
 
-def numbers(records: list[Record]) -> list[int]:
+def of_version_2(path: Path) -> list[Event]:
+    """A log as version 2 left it: whole lines in the blocks of calls."""
+    published = filled(path, 200)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("ALTER TABLE calls RENAME COLUMN json TO lines")
+        raw.execute("UPDATE meta SET value = '2' WHERE key = 'version'")
+        for block in pack(published, "test").calls:
+            lines = b"\n".join([record.json for record in unpack(block)])
+            raw.execute("UPDATE calls SET lines = ? WHERE first = ?", (lines, block.first))
+    return published
+
+
+def numbers(records: Sequence[Event | Record]) -> list[int]:
     return [record.sequence for record in records]
 
 
@@ -174,8 +187,7 @@ def test_a_start_replays_only_what_came_after_the_snapshot(path: Path, monkeypat
         live = bus.projection.snapshot()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
         raw.execute("UPDATE meta SET value = ? WHERE key = 'snapshot'", (kept,))
-        unreadable = b"\n".join([b"unreadable"] * covered)
-        raw.execute("UPDATE calls SET lines = ? WHERE first = 1", (unreadable,))
+        raw.execute("UPDATE calls SET json = x'' WHERE first = 1")
     with open_log(path) as log:
         assert log.faults == {}
         assert log.load() == (live, 63)
@@ -221,9 +233,10 @@ def test_an_event_without_a_json_form_leaves_a_gap_in_its_place(
 def test_an_event_that_cannot_be_read_back_is_replayed_as_a_gap_and_counted(path: Path) -> None:
     filled(path, 3)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
-        [(lines,)] = raw.execute("SELECT lines FROM calls")
-        first, _, third = lines.split(b"\n")
-        raw.execute("UPDATE calls SET lines = ?", (b"\n".join([first, b"{}", third]),))
+        [(json,)] = raw.execute("SELECT json FROM calls")
+        content = msgspec.json.decode(json)
+        content["data"][1] = {}
+        raw.execute("UPDATE calls SET json = ?", (msgspec.json.encode(content),))
     with open_log(path) as log:
         assert [type(event.data) for event in log.replay()] == [CallStarted, Gap, CallStarted]
         assert log.faults["decode"].count == 1
@@ -280,10 +293,10 @@ def test_closing_on_a_dead_disk_takes_no_longer_than_asked_and_says_what_is_left
 
 
 def test_listeners_get_every_batch_once_it_is_durable(path: Path) -> None:
-    seen: list[Batch] = []
+    seen: list[Sequence[Event]] = []
     stored_then: list[int] = []
 
-    def listen(batch: Batch) -> None:
+    def listen(batch: Sequence[Event]) -> None:
         seen.append(batch)
         with contextlib.closing(sqlite3.connect(path)) as raw:
             stored_then.append(raw.execute("SELECT max(first + length(marks) - 1) FROM calls").fetchone()[0])
@@ -292,20 +305,19 @@ def test_listeners_get_every_batch_once_it_is_durable(path: Path) -> None:
         log.add_listener("test", listen)
         published = publish(bus_of(log), 9000)
         assert log.flush(LONG_S)
-        assert [event for batch in seen for event in batch.events] == published
-        assert [decode(record.json) for batch in seen for record in batch.records] == published
-        assert stored_then == [batch.records[-1].sequence for batch in seen]
+        assert [event for batch in seen for event in batch] == published
+        assert stored_then == [batch[-1].sequence for batch in seen]
 
 
 def test_a_listener_that_raises_is_counted_and_named_and_disturbs_nobody(path: Path) -> None:
     seen: list[int] = []
 
-    def broken(batch: Batch) -> None:
+    def broken(batch: Sequence[Event]) -> None:
         raise RuntimeError("no")
 
     with open_log(path) as log:
         log.add_listener("broken", broken)
-        log.add_listener("sound", lambda batch: seen.extend(event.sequence for event in batch.events))
+        log.add_listener("sound", lambda batch: seen.extend(event.sequence for event in batch))
         bus = bus_of(log)
         for _ in range(2):
             publish(bus, 1)
@@ -407,6 +419,22 @@ def test_a_log_of_version_1_is_read_and_goes_on(path: Path, index: str) -> None:
     assert indexes == {"events_by_subject", "events_by_type", "events_by_subject_and_type", "calls_by_subject"}
 
 
+def test_a_log_of_version_2_is_read_and_goes_on(path: Path) -> None:
+    kept = of_version_2(path)
+    for count in (200, 300):
+        with open_log(path, ring=4) as log:
+            assert log.last == count
+            kept += publish_at_once(log, bus_of(log), 100)
+            assert log.flush(LONG_S)
+            assert list(log.replay()) == kept
+            assert [record.json for record in log.page(100, 150)] == [
+                encode(event, "test") for event in kept[100:250]
+            ]
+    let_go(path, 100)
+    with open_log(path, ring=4) as log:
+        assert numbers(log.page(100, 150)) == list(range(101, 251))
+
+
 def test_an_upgrade_that_is_interrupted_is_made_at_the_next_start(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -485,10 +513,10 @@ def test_a_batch_of_any_size_is_written_whole_and_in_order(path: Path) -> None:
     try:
         for count in (1, 3, 4, 15, 16, 63, 64, 255, 256, 257, 600, 1023):
             records = [Record(last + 1 + n, "plugin.log", None, b"%d" % n) for n in range(count)]
-            store.append(records)
+            store.append(Packed(records, []))
             assert store.read(last, last + count, count) == records
             last += count
-        store.append([])
+        store.append(Packed([], []))
         assert store.last() == last
     finally:
         store.close(clean=True)
@@ -884,16 +912,40 @@ def test_a_file_lost_with_its_connection_leaves_a_gap_where_its_events_were(path
         assert [event.sequence for event in replayed] == [1, *range(11, 16)]
 
 
+def test_a_lost_file_leaves_one_gap_however_often_the_next_write_fails(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_log(path) as log:
+        bus = bus_of(log)
+        publish(bus, 10)
+        assert log.flush(LONG_S)
+        real, failures = log._store.append, iter([sqlite3.OperationalError("no"), sqlite3.OperationalError("no")])
+
+        def append(packed: Packed) -> None:
+            if log._store.last() == 0 and (failure := next(failures, None)) is not None:
+                raise failure
+            real(packed)
+
+        monkeypatch.setattr(log._store, "append", append)
+        log._store._close_writer()
+        for end in ("", "-wal", "-shm"):
+            Path(f"{path}{end}").unlink(missing_ok=True)
+        publish(bus, 5)
+        assert log.flush(LONG_S)
+        assert next(failures, None) is None
+        assert [event.sequence for event in log.replay()] == [1, *range(11, 16)]
+
+
 @contextlib.contextmanager
 def stuck(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The writer's thread stands still inside a write, as on a dead disk or under SIGSTOP."""
     writing, go_on = threading.Event(), threading.Event()
     real = log._store.append
 
-    def append(records: list[Record]) -> None:
+    def append(packed: Packed) -> None:
         writing.set()
         assert go_on.wait(LONG_S)
-        real(records)
+        real(packed)
 
     monkeypatch.setattr(log._store, "append", append)
     publish(bus_at(log), 1)
@@ -984,8 +1036,8 @@ def test_the_ring_is_bounded_in_bytes_and_never_has_a_hole(path: Path) -> None:
                 assert log.flush(LONG_S)
         assert log.flush(LONG_S)
         kept = log._ring._kept
-        assert sum(len(record.json) for record in kept.records) < 2 * 64 * 1024 + 10 * 9000
-        assert numbers(kept.records) == list(range(kept.floor + 1, 301))
+        assert sum(weight(entry) for entry in kept.entries if isinstance(entry, Event)) < 2 * 64 * 1024 + 10 * 9000
+        assert numbers(kept.entries) == list(range(kept.floor + 1, 301))
         assert numbers(log.page(0, 1000)) == list(range(1, 301))
 
 
@@ -1101,7 +1153,7 @@ def wal_without_database(path: Path) -> None:
         (damaged_page, "damaged|malformed"),
         (truncated, "damaged|malformed"),
         (of_something_else, "a database of something else"),
-        (changed("UPDATE meta SET value = '7' WHERE key = 'version'"), "schema version is 7, not 2"),
+        (changed("UPDATE meta SET value = '7' WHERE key = 'version'"), "schema version is 7, not 3"),
         (changed("DELETE FROM calls WHERE first = 257"), "64 numbers are missing and no gap event says why"),
         (changed("DELETE FROM calls WHERE first < 65"), "numbering begins at 65, not at 1"),
         (wal_without_database, "the database is gone but its -wal file is there"),
@@ -1157,7 +1209,7 @@ import os, sys, threading
 from pathlib import Path
 from events.audit import AuditLog
 from events.bus import EventBus
-from events.envelope import CallStarted
+from events.envelope import CallStarted, encode
 from events.log import EventLog
 from events.projections import HealthProjection
 
@@ -1167,9 +1219,12 @@ audit = AuditLog.open(folder / "audit.jsonl")
 audit.attach(log)
 bus = EventBus(HealthProjection(log.load()[0]), last=log.last)
 bus.subscribe(log)
-log.add_listener("tell", lambda batch: os.write(1, b"".join(record.json + b"\\n" for record in batch.records)))
+def tell(batch):
+    os.write(1, b"".join(encode(event, log.source) + b"\\n" for event in batch))
+
+log.add_listener("tell", tell)
 paced = threading.Semaphore(2000)
-log.add_listener("pace", lambda batch: paced.release(len(batch.records)))
+log.add_listener("pace", lambda batch: paced.release(len(batch)))
 
 def publish(name):
     number = 0

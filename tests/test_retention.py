@@ -20,6 +20,7 @@ from test_event_log import CHILD
 from test_projection import histories
 
 import events.retention
+from events.blocks import pack
 from events.bus import EventBus
 from events.cursor import Filter
 from events.envelope import (
@@ -35,7 +36,6 @@ from events.envelope import (
     WorkerExited,
     WorkerStarted,
     decode,
-    encode,
 )
 from events.log import CorruptLog, EventLog
 from events.projections import HealthProjection, fold_all
@@ -90,9 +90,9 @@ def stored(path: Path, data: Sequence[EventData], times: Sequence[int] | None = 
     sequence = 1
     for index, item in enumerate(data):
         event = Event(sequence, times[index] if times else time.time_ns(), "ocr", item)
-        numbered.append(Record(sequence, event.type, event.subject, encode(event, "test")))
-        sequence = numbered[-1].end + 1
-    store.append(numbered)
+        numbered.append(event)
+        sequence = event.end + 1
+    store.append(pack(numbered, "test"))
     yield store
     store.close(clean=False)  # the next open looks closely
 
@@ -514,7 +514,7 @@ def test_the_file_stays_within_twice_what_it_may_hold(path: Path) -> None:
 
 
 def test_lowering_the_bound_gives_the_disk_its_space_back(path: Path) -> None:
-    with stored(path, [CALL] * 20_000) as store:
+    with stored(path, [CALL] * 100_000) as store:
         before = store.rows("PRAGMA page_count")[0][0]
         Turns(store, events=500).all()
         assert store.rows("PRAGMA page_count")[0][0] < before / 4
