@@ -106,18 +106,25 @@ def pack(events: Sequence[Event], source: str) -> Packed:
     """
     rows: list[Event] = []
     calls: dict[tuple[int, str], list[Event]] = {}
+    block: list[Event] = []  # that the last call went into
+    subject, end = "", 0
     for event in events:
-        data, subject = event.data, event.subject
+        data = event.data
         if isinstance(data, CallFinished):
             finite = math.isfinite(data.duration_ms)
+        elif isinstance(data, CallProgress):
+            finite = math.isfinite(data.done) and math.isfinite(data.total)
         else:
-            finite = not isinstance(data, CallProgress) or (math.isfinite(data.done) and math.isfinite(data.total))
+            finite = True
         if not finite:
             raise ValueError("not a finite number")
-        if subject is not None and type(data) in _MARKS:
-            calls.setdefault((window(event.sequence), subject), []).append(event)
-        else:
+        if event.subject is None or type(data) not in _MARKS:
             rows.append(event)
+            continue
+        if event.sequence > end or event.subject != subject:
+            subject, end = event.subject, window(event.sequence) + SPAN
+            block = calls.setdefault((end, subject), [])
+        block.append(event)
     records = [
         Record(event.sequence, event.type, event.subject, line)
         for event, line in zip(rows, encode_all(rows, source), strict=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -131,6 +133,25 @@ def test_the_version_is_that_of_whichever_distribution_provides_the_module(site:
     assert "is 4.0, but >=5 is needed; pip install 'hf-cv-headless>=5'" in reason
     install(site, "hf-cv-headless", "5.1")  # and the named one, once there, decides
     assert checked(folder, headless) == []
+
+
+def test_what_all_distributions_provide_is_read_only_where_the_name_says_too_little(
+    site: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(site, "hf-own", "4.1", "hf_own")
+    install(site, "hf-other", "4.1", "hf_another")
+    looks: list[str] = []
+    real = metadata.packages_distributions
+
+    def look() -> Mapping[str, list[str]]:
+        looks.append("look")
+        return real()
+
+    monkeypatch.setattr(metadata, "packages_distributions", look)
+    assert checked(folder, Package(import_="hf_own", install="hf-own", version=">=4")) == []
+    assert looks == [], "it takes as long as a start, and keeps the interpreter"
+    assert checked(folder, Package(import_="hf_another", install="hf-another", version=">=4")) == []
+    assert looks == ["look"]
 
 
 def test_a_version_within_install_counts_too(site: Path, folder: Path) -> None:

@@ -107,11 +107,10 @@ def _installed_version(package: Package) -> str | None:
     `cv2`, say, installs as opencv-python-headless here and as opencv-python elsewhere.
     """
     requirement = _requirement(package)
-    names = [requirement.name] if requirement else []
-    for distribution in (*names, *_providers(package.import_)):
-        if version := _version_of(distribution):
-            return version
-    return None
+    if requirement and (version := _version_of(requirement.name)):
+        return version
+    # Only now: it reads what every distribution says of itself.
+    return next((version for name in _providers(package.import_) if (version := _version_of(name))), None)
 
 
 def _version_of(distribution: str) -> str | None:
