@@ -1,7 +1,7 @@
 """Calls as the log's file has them: in blocks, many to a row.
 
 Nearly all events are of calls. A row for each, with its JSON and its entries in the indexes, takes longer than all
-else that is done for an event. So what a batch brings of one plugin's calls within a window of numbers is one row:
+else that is done for an event. So what is packed at once of a plugin's calls in a window of numbers is one row:
 
     first     the number of the first
     subject   the plugin
@@ -9,7 +9,7 @@ else that is done for an event. So what a batch brings of one plugin's calls wit
     json      {"source": …, "times": […], "data": […]}: the engine that wrote them, and in the same order when each
               was (microseconds since the epoch) and its `data`
 
-That is all that is in their CloudEvents lines, in a quarter of the bytes; the lines are made for who reads them.
+That is all that is in their CloudEvents lines, in a third of the bytes; the lines are made for who reads them.
 `data` goes into them byte by byte, whatever the engine that reads knows of its fields: the same line every time.
 
 Windows are `SPAN` numbers long and begin after its multiples, whatever the batches are; no block reaches from one
@@ -23,7 +23,7 @@ import sqlite3
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -36,7 +36,7 @@ _MARKS = {kind: index * SPAN for index, kind in enumerate(_TYPES)}
 CALLS = frozenset(kind.TYPE for kind in _TYPES)
 UNREADABLE = b"null"  # JSON, and no event
 
-_LAST_US = 253_402_300_800_000_000  # the year 10 000
+_FIRST_US, _END_US = -62_135_596_800_000_000, 253_402_300_800_000_000  # of the years 1 to 9999, which RFC 3339 has
 
 
 class DamagedBlock(sqlite3.DatabaseError):
@@ -50,13 +50,19 @@ class DamagedBlock(sqlite3.DatabaseError):
 
 
 class _Calls(msgspec.Struct, frozen=True):
+    """The JSON of a block. Invariant: `source` stands first, so that it does not begin as a line does."""
+
     source: str
-    times: list[Annotated[int, msgspec.Meta(ge=0, lt=_LAST_US)]]
+    times: list[Annotated[int, msgspec.Meta(ge=_FIRST_US, lt=_END_US)]]
+    data: list[Any]  # written as it is, read as `msgspec.Raw`
+
+
+class _Read(_Calls, frozen=True):
     data: list[msgspec.Raw]
 
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(_Calls)
+_decoder = msgspec.json.Decoder(_Read)
 
 
 class Block(NamedTuple):
@@ -88,7 +94,7 @@ COLUMNS = ", ".join(Block._fields)
 
 
 class Packed(NamedTuple):
-    """Events as the file has them."""
+    """Events as the file has them, or is to have them."""
 
     rows: list[Record]  # those that get a row each
     calls: list[Block]
@@ -102,7 +108,7 @@ def window(number: int) -> int:
 def pack(events: Sequence[Event], source: str) -> Packed:
     """Events of the engine `source`, in the order of their numbers, as the file is to have them.
 
-    Raises where one has no JSON form: NaN and infinity would be written as null.
+    Raises where one has no JSON form, or none that could be read: NaN and infinity would be written as null.
     """
     rows: list[Event] = []
     calls: dict[tuple[int, str], list[Event]] = {}
@@ -123,6 +129,7 @@ def pack(events: Sequence[Event], source: str) -> Packed:
             continue
         if event.sequence > end or event.subject != subject:
             subject, end = event.subject, window(event.sequence) + SPAN
+            subject.encode()  # a lone surrogate would be SQLite's to refuse, and for the whole batch
             block = calls.setdefault((end, subject), [])
         block.append(event)
     records = [
@@ -135,12 +142,10 @@ def pack(events: Sequence[Event], source: str) -> Packed:
 def _block(subject: str, events: Sequence[Event], source: str) -> Block:
     first = events[0].sequence
     marks = bytes([event.sequence - first + _MARKS[type(event.data)] for event in events])
-    content = {
-        "source": source,
-        "times": [event.time_ns // 1000 for event in events],
-        "data": [event.data for event in events],
-    }
-    return Block(first, subject, marks, _encoder.encode(content))
+    times = [event.time_ns // 1000 for event in events]
+    if min(times) < _FIRST_US or max(times) >= _END_US:
+        raise ValueError("no time of the years 1 to 9999")
+    return Block(first, subject, marks, _encoder.encode(_Calls(source, times, [event.data for event in events])))
 
 
 def unpack(block: Block) -> list[Record]:
@@ -168,8 +173,8 @@ def tail(block: Block, after: int) -> Block | None:
     """What of a block is numbered above `after`; None: nothing. Raises DamagedBlock."""
     numbers = block.numbers
     start = bisect_right(numbers, after)
-    if start in (0, len(numbers)):
-        return None if start else block
+    if start == len(numbers):
+        return None
     first = numbers[start]
     marks = bytes([mark - (first - block.first) for mark in block.marks[start:]])
     json = UNREADABLE
@@ -187,10 +192,10 @@ def _is_lines(block: Block) -> bool:
     return isinstance(block.json, bytes) and block.json.startswith(b'{"specversion"')
 
 
-def _parsed(block: Block) -> _Calls | None:
+def _parsed(block: Block) -> _Read | None:
     """None where that cannot be told."""
     try:
         calls = _decoder.decode(block.json)
-    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError):  # a column may hold anything
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError):  # a column may hold a number
         return None
     return calls if len(calls.times) == len(calls.data) == len(block.marks) else None

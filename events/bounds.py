@@ -16,7 +16,10 @@ from msgspec.structs import replace
 
 from events.envelope import DATA_TYPES, EventData, PluginFacts, Transition
 
-TEXT_CHARS = 8192  # of one text; an event has two at most
+TEXT_CHARS = 8192  # of what is told; an event has one such text
+NAME_CHARS = 256  # of what is named: nothing that counts or keeps events need look for longer ones
+
+_TOLD = ("message", "reason", "why", "description")
 
 Texts = TypeVar("Texts", bound=msgspec.Struct)
 
@@ -36,25 +39,28 @@ _READERS = {kind: _reader(_TEXTS[kind]) for kind in DATA_TYPES.values()}
 
 
 def bounded(data: EventData) -> EventData:
-    """The same data, each text at most `TEXT_CHARS` long and without what UTF-8 does not have."""
+    """The same data, its texts as long as they may be and without what UTF-8 does not have."""
     for text in _READERS[type(data)](data):
-        if text is not None and (len(text) > TEXT_CHARS or not text.isascii()):
+        if text is not None and (len(text) > NAME_CHARS or not text.isascii()):
             data = _fit_all(data)
             break
     if isinstance(data, Transition) and data.plugin is not msgspec.UNSET:
         facts = data.plugin
-        return replace(data, plugin=replace(_fit_all(facts), tools=tuple(map(_fit, facts.tools))))
+        return replace(data, plugin=replace(_fit_all(facts), tools=tuple(_fit(tool) for tool in facts.tools)))
     return data
 
 
 def _fit_all(data: Texts) -> Texts:
     texts = {name: getattr(data, name) for name in _TEXTS[type(data)]}
-    return replace(data, **{name: text and _fit(text) for name, text in texts.items()})
+    return replace(
+        data,
+        **{name: text and _fit(text, TEXT_CHARS if name in _TOLD else NAME_CHARS) for name, text in texts.items()},
+    )
 
 
-def _fit(text: str) -> str:
-    if len(text) > TEXT_CHARS:
+def _fit(text: str, chars: int = NAME_CHARS) -> str:
+    if len(text) > chars:
         end = f"… ({len(text)} characters)"
-        text = text[: TEXT_CHARS - len(end)] + end
+        text = text[: chars - len(end)] + end
     # A lone surrogate grows to 6 characters: rare enough to let it.
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

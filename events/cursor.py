@@ -13,18 +13,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Protocol
 
 import msgspec
 
-from events.backlog import LogClosed, weight
+from events.backlog import AVERAGE_BYTES, LogClosed, weight
 from events.envelope import TYPE_PREFIX, Event, Gap, encode
 from events.record import Record
 from events.retention import LET_GO
 
-RECORD_BYTES = 1024  # that the bound on the ring's memory allows an event on average
 BATCH_LIMIT = 1000  # records in one batch of a cursor
 BATCH_BYTES = 256 * 1024  # of JSON in one batch, or one record: what each of many slow readers holds
 
@@ -70,8 +69,9 @@ class Page(msgspec.Struct, frozen=True):
 class Ring:
     """The latest events, as records for those who read them. One writer; readers on any thread, without a lock.
 
-    Invariant: `_kept` holds everything numbered above `_kept.floor`, in order. Its list only grows, and an event
+    Invariants: `_kept` holds everything numbered above `_kept.floor`, in order. Its list only grows, and an event
     becomes its record in place; to shrink, the whole of it is replaced, so a reader keeps what it began with.
+    No entry comes to weigh more than when it was added.
     """
 
     class _Kept:
@@ -82,7 +82,7 @@ class Ring:
             self.entries = entries
 
     def __init__(self, size: int, floor: int, source: str) -> None:
-        """Keeps `size` events of the engine `source`, on average `RECORD_BYTES` each; for a while twice that."""
+        """Keeps `size` events of the engine `source`, on average `AVERAGE_BYTES` each; for a while twice that."""
         self._size = size
         self._source = source
         self._bytes = 0  # the writer's own
@@ -93,20 +93,24 @@ class Ring:
         """Everything numbered above it is here."""
         return self._kept.floor
 
-    def extend(self, events: Sequence[Event]) -> None:
-        """Add a batch; lets the oldest go, at twice the size, so that the cost per event is constant."""
-        kept = self._kept
-        kept.entries.extend(events)
-        self._bytes += sum(map(weight, events))
-        if len(kept.entries) >= 2 * self._size or self._bytes >= 2 * self._size * RECORD_BYTES:
+    def extend(self, events: Sequence[Event], made: Iterable[Record] = ()) -> None:
+        """Add a batch, of which some records are `made`; lets the oldest go.
+
+        That is at twice the size, so that the cost per event is constant.
+        """
+        kept, records = self._kept, {record.sequence: record for record in made}
+        entries = [records.get(event.sequence, event) for event in events] if records else events
+        kept.entries.extend(entries)
+        self._bytes += sum(map(_weight, entries))
+        if len(kept.entries) >= 2 * self._size or self._bytes >= 2 * self._size * AVERAGE_BYTES:
             self._shrink(kept.entries)
 
     def _shrink(self, entries: list[Event | Record]) -> None:
-        first, room = len(entries), self._size * RECORD_BYTES
+        first, room = len(entries), self._size * AVERAGE_BYTES
         while first > max(0, len(entries) - self._size) and (left := room - _weight(entries[first - 1])) >= 0:
             first, room = first - 1, left
         floor = entries[first].sequence - 1 if first < len(entries) else entries[-1].end
-        self._bytes = self._size * RECORD_BYTES - room
+        self._bytes = self._size * AVERAGE_BYTES - room
         self._kept = Ring._Kept(floor, entries[first:])
 
     def read(self, after: int, until: int, limit: int, chosen: Filter) -> Page | None:
@@ -128,8 +132,10 @@ class Ring:
                 if len(found) == limit:
                     return Page(found, found[-1].end)
                 if isinstance(entry, Event):  # made for all by whoever comes first; two at once make the same
-                    line = encode(entry, self._source)
-                    entry = entries[index] = Record(entry.sequence, entry.type, entry.subject, line)
+                    record = Record(entry.sequence, entry.type, entry.subject, encode(entry, self._source))
+                    if _weight(record) <= _weight(entry):  # else every reader makes its own
+                        entries[index] = record
+                    entry = record
                 found.append(entry)
         return Page(found, until)
 

@@ -237,7 +237,7 @@ def encode(event: Event, source: str) -> bytes:
 
 
 def encode_all(events: Sequence[Event], source: str) -> list[bytes]:
-    """`encode(event, source)` of each: many at once take a third of the time."""
+    """`encode(event, source)` of each: many at once take three quarters of the time."""
     times = rfc3339_all(event.time_ns for event in events)
     return _lines(
         [

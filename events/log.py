@@ -1,9 +1,9 @@
 """The durable, replayable log of events.
 
-    bus ──offer──▶ Backlog ──▶ Writer: encode, one transaction, commit ──▶ Ring ──▶ cursors
+    bus ──offer──▶ Backlog ──▶ Writer: pack, one transaction, commit ────▶ Ring ──▶ cursors
     (any thread)   (bounded)   (own thread)                        └─▶ durable listeners (audit)
 
-What is read is `Record`s, with an event's JSON; the ring makes it when the first reader of an event comes.
+What is read is `Record`s, with an event's JSON. That of a call is made when the first reader comes.
 
 Nothing outside the process learns of an event before its commit, so what was seen is still there, with the
 same number and bytes, after `kill -9` or lost power.
@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from events.backlog import Backlog, LogClosed
+from events.blocks import Packed
 from events.bus import Fault
 from events.cursor import Cursor, Filter, Page, Ring, Wakeups
 from events.envelope import Event, Gap, decode
@@ -67,7 +68,6 @@ class EventLog:
     ) -> None:
         """Use `EventLog.open`."""
         self.faults: dict[str, Fault] = {}
-        self.source = source
         self._store = store
         self._settled = last = store.last()
         self._listeners: tuple[tuple[str, Listener], ...] = ()
@@ -251,8 +251,8 @@ class EventLog:
         self._wakeups.notify()
         return self.state
 
-    def _publish(self, batch: Sequence[Event]) -> None:
-        self._ring.extend(batch)
+    def _publish(self, batch: Sequence[Event], packed: Packed) -> None:
+        self._ring.extend(batch, packed.rows)
         with self._changed:
             self._reading.durable = batch[-1].end
             self._backlog.settle()

@@ -25,7 +25,7 @@ _NEXT_STEP_OF_ERRNO = {
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
-    """One durable event: `json` is its CloudEvents form, the same bytes for every reader."""
+    """An event as it is read: `json` is its CloudEvents form, the same bytes for every reader."""
 
     sequence: int
     type: str

@@ -30,7 +30,6 @@ from events.record import CorruptLog, FileGone, Record, explain
 
 FORMAT = "holdfast-events"
 VERSION = "3"
-OLDER = ("1", "2")  # a row for each event; blocks of whole lines
 QUICK_CHECK_BYTES = 64 * 1024 * 1024
 INSERT_ROWS = 256  # in one statement
 _ALL = 2**63 - 1  # SQLite's largest number
@@ -46,6 +45,10 @@ _CALLS = (  # see `events.blocks`
     "(first INTEGER PRIMARY KEY, subject TEXT NOT NULL, marks BLOB NOT NULL, json BLOB NOT NULL)",
     "CREATE INDEX calls_by_subject ON calls(subject)",
 )
+_UPGRADES = {  # from an older version to this one; what that one kept stays as it is
+    "1": _CALLS,  # a row for each event
+    "2": ("ALTER TABLE calls RENAME COLUMN lines TO json",),  # blocks of whole lines
+}
 # All other events; in a log that was begun as version 1, its calls too.
 _SCHEMA = (
     "CREATE TABLE events(sequence INTEGER PRIMARY KEY, type TEXT NOT NULL, subject TEXT, json BLOB NOT NULL)",
@@ -115,8 +118,8 @@ class Store:
         if not tables:
             self._create(writer)
             sync_folder(self.path.parent)
-        elif self.meta("version") != VERSION:
-            self._upgrade(writer)
+        elif (version := self.meta("version")) != VERSION:
+            self._upgrade(writer, str(version))
         self.load_numbering()
         self.unclean = self._check()
         if tables:  # a new log has it already
@@ -129,17 +132,15 @@ class Store:
         if "meta" not in tables or self.meta("format") != FORMAT:
             raise CorruptLog(self.path, "it is a database of something else")
         version = self.meta("version")
-        if version not in (*OLDER, VERSION):
+        if version not in (*_UPGRADES, VERSION):
             raise CorruptLog(self.path, f"its schema version is {version}, not {VERSION}")
         needed = {"events"} if version == "1" else {"events", "calls"}
         if missing := needed - tables:
             raise CorruptLog(self.path, f"it has no table `{missing.pop()}`")
 
-    def _upgrade(self, writer: sqlite3.Connection) -> None:
-        """To this version; what an older one kept stays as it is."""
-        statements = _CALLS if self.meta("version") == "1" else ("ALTER TABLE calls RENAME COLUMN lines TO json",)
+    def _upgrade(self, writer: sqlite3.Connection, version: str) -> None:
         writer.execute("BEGIN IMMEDIATE")
-        for statement in statements:
+        for statement in _UPGRADES[version]:
             writer.execute(statement)
         self.put_meta("version", VERSION)
         writer.execute("COMMIT")

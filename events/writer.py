@@ -50,7 +50,7 @@ class Writer:
         projection: HealthProjection,
         retain_events: int | None,
         retain_days: float | None,
-        on_durable: Callable[[Sequence[Event]], None],
+        on_durable: Callable[[Sequence[Event], Packed], None],
         note_fault: Callable[[str, Exception], None],
     ) -> None:
         self._store = store
@@ -58,7 +58,7 @@ class Writer:
         self._source = source
         self._durable = durable
         self._snapshot_at = snapshot  # the number that the kept snapshot is of
-        self._projection = projection  # of what is durable, for the snapshots
+        self._projection = projection  # between batches: of what is durable, for the snapshots
         self._on_durable = on_durable
         self._note_fault = note_fault
         self._retention = Retention(
@@ -73,7 +73,7 @@ class Writer:
 
     def close(self, timeout_s: float) -> bool:
         """Write what is left for at most `timeout_s`, end the thread. False: it is stuck in a system call."""
-        if not self._backlog.closing.is_set():
+        if math.isinf(self._deadline):
             self._deadline = time.monotonic() + timeout_s
             self._backlog.close()
         # On a dead disk `fsync` may never return. The thread is a daemon, so it holds nothing up.
@@ -115,27 +115,28 @@ class Writer:
         sound: list[Event] = []
         packed = Packed([], [])
         for part in pace.parts(len(events)):
-            sound += self._pack(events[part], packed)
+            batch, (rows, calls) = self._pack(events[part])
+            sound += batch
+            packed.rows.extend(rows)
+            packed.calls.extend(calls)
         if not self._write(packed, sound[-1].end):
             return False
         self._durable = sound[-1].end
-        self._on_durable(sound)
+        self._on_durable(sound, packed)
         if self._durable - self._snapshot_at >= SNAPSHOT_EVERY:
             self._save_snapshot()
         return True
 
-    def _pack(self, events: list[Event], into: Packed) -> list[Event]:
-        """Returns what stands for these events: those that have no JSON form are gaps."""
+    def _pack(self, events: list[Event]) -> tuple[list[Event], Packed]:
+        """With what stands for these events: a gap for one that has no JSON form."""
         try:
             packed = pack(events, self._source)
         except Exception:  # data from a plugin: lone surrogates, numbers that JSON does not have
             events = [self._sound(event) for event in events]
             packed = pack(events, self._source)
-        into.rows.extend(packed.rows)
-        into.calls.extend(packed.calls)
         for event in events:
             self._projection.apply(event)
-        return events
+        return events, packed
 
     def _sound(self, event: Event) -> Event:
         try:
@@ -145,7 +146,8 @@ class Writer:
             number, why = event.sequence, f"{event.type} has no JSON form: {type(exc).__name__}"
             with self._backlog.changed:
                 self._backlog.dropped += 1
-            return Event(number, event.time_ns, None, Gap(number, number, why))
+            now_ns = time.time_ns() // 1000 * 1000  # the event's own time may be what is wrong
+            return Event(number, now_ns, None, Gap(number, number, why))
         return event
 
     def _write(self, packed: Packed, end: int) -> bool:
@@ -207,6 +209,6 @@ class Writer:
         try:
             save_snapshot(self._store, Snapshot(self._durable, self._projection.snapshot()))
             self._snapshot_at = self._durable
-        except (sqlite3.Error, ValueError) as exc:  # a start only replays more
+        except (sqlite3.Error, ValueError, OverflowError) as exc:  # a start only replays more
             self._note_fault("snapshot", exc)
         return self._snapshot_at

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import sqlite3
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from events.blocks import CALLS, SPAN, Block, pack, tail, unpack, window
+from events.blocks import CALLS, COLUMNS, SPAN, UNREADABLE, Block, DamagedBlock, pack, tail, unpack, window
 from events.bus import EventBus
-from events.envelope import CallFinished, CallStarted, Event, EventData, Gap, PluginLog, Restarted, decode, encode
+from events.envelope import (
+    CallFinished,
+    CallStarted,
+    Event,
+    EventData,
+    Gap,
+    PluginLog,
+    Restarted,
+    decode,
+    encode,
+    rfc3339,
+    rfc3339_all,
+)
 from events.log import CorruptLog, EventLog
 from events.projections import HealthProjection
 from events.record import Record
@@ -91,6 +103,7 @@ def test_a_block_has_what_was_put_into_it_and_keeps_to_its_window(
     assert sorted([*rows, *unpacked], key=lambda record: record.sequence) == records(published)
     assert all(record.type in CALLS and record.subject is not None for record in unpacked)
     assert not any(record.type in CALLS and record.subject is not None for record in rows)
+    assert len(blocks) == len({(window(record.sequence), record.subject) for record in unpacked})
     for block in blocks:
         assert window(block.first) == window(block.last) < block.first <= block.last
         assert block.last - block.first < SPAN
@@ -106,6 +119,12 @@ def test_the_tail_of_a_block_is_what_comes_after_a_number(
     for block in pack(given_events(drawn, first), SOURCE).calls:
         rest = tail(older(block) if old else block, after)
         assert (unpack(rest) if rest else []) == [record for record in unpack(block) if record.sequence > after]
+
+
+@given(st.lists(st.integers(-62_135_596_800_000_000, 253_402_300_799_999_999)))
+def test_times_of_many_are_those_of_each_also_where_the_clock_went_back(times_us: list[int]) -> None:
+    times_ns = [time_us * 1000 for time_us in (*times_us, 0, 999_999, 1_000_000, 999_999, -1, 0)]
+    assert rfc3339_all(times_ns) == [rfc3339(time_ns) for time_ns in times_ns]
 
 
 def test_a_line_has_the_data_as_it_was_written_whatever_is_known_of_its_fields() -> None:
@@ -186,8 +205,8 @@ def test_calls_of_many_plugins_are_found_whether_few_are_asked_for_or_many(tmp_p
             assert [record.subject for record in found] == chosen
 
 
-def damaged(tmp_path: Path, *statements: str) -> Path:
-    """A log with 5 calls in one block, closed cleanly, then changed."""
+def damaged(tmp_path: Path) -> Path:
+    """A log with 5 calls in one block, closed cleanly, to be damaged."""
     path = tmp_path / "events.db"
     with EventLog.open(path, source="test") as log:
         bus = EventBus(HealthProjection())
@@ -195,66 +214,67 @@ def damaged(tmp_path: Path, *statements: str) -> Path:
         with log._changed:  # in one batch
             for number in range(5):
                 bus.publish(CallStarted("read", str(number)), "ocr")
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
-        for statement in statements:
-            raw.execute(statement)
     return path
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "marks = x''",
-        "marks = x'FFFFFFFFFF'",
-        "marks = x'0041014344'",
-        "marks = x'0403020100'",
-        "marks = x'0102030405'",
-        "first = 3, marks = x'000102033F'",
-        "marks = 12345",
-        "marks = 'abcde'",
-    ],
-    ids=[
-        "none",
-        "no such type",
-        "twice",
-        "falling",
-        "not at the first",
-        "beyond the window",
-        "a number",
-        "a text",
-    ],
-)
-def test_a_block_of_unknown_numbers_is_a_corrupt_log(tmp_path: Path, change: str) -> None:
-    path = damaged(tmp_path, f"UPDATE calls SET {change}")
+MARKS: dict[str, tuple[int, Any]] = {
+    "none": (1, b""),
+    "no such type": (1, b"\x00\xff"),
+    "twice": (1, b"\x00\x41\x01"),
+    "falling": (1, b"\x00\x02\x01"),
+    "not at the first": (1, b"\x01\x02"),
+    "beyond the window": (3, b"\x00\x3e"),
+    "a number": (1, 12345),
+    "a text": (1, "abcde"),
+}
+
+
+@pytest.mark.parametrize(("first", "marks"), MARKS.values(), ids=MARKS)
+def test_a_block_of_unknown_numbers_is_a_corrupt_log(tmp_path: Path, first: int, marks: Any) -> None:
+    with pytest.raises(DamagedBlock, match=f"the calls from {first} on are damaged"):
+        assert Block(first, "ocr", marks, b"").numbers
+    path = damaged(tmp_path)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("UPDATE calls SET first = ?, marks = ?", (first, marks))
     with pytest.raises(CorruptLog, match=r"the calls from . on are damaged|numbers are missing|numbering begins"):
         EventLog.open(path, source="test").close()
 
 
-@pytest.mark.parametrize(
-    "json",
-    [
-        "x'7b7d'",
-        "x''",
-        "5",
-        "CAST(substr(json, 1, 40) AS BLOB)",
-        "CAST(replace(json, ',\"data\"', ',\"gone\"') AS BLOB)",
-        "CAST(replace(json, '\"times\":[', '\"times\":[0,') AS BLOB)",
-        "CAST(replace(json, '\"times\":[', '\"times\":[99') AS BLOB)",
-        "CAST('{\"specversion\"' AS BLOB)",
-    ],
-    ids=[
-        "empty",
-        "nothing",
-        "a number",
-        "torn",
-        "no data",
-        "a time too many",
-        "no such time",
-        "one line of version 2",
-    ],
-)
-def test_what_cannot_be_read_of_a_block_is_replayed_as_gaps_and_counted(tmp_path: Path, json: str) -> None:
-    path = damaged(tmp_path, f"UPDATE calls SET json = {json}")
+def parts(json: bytes, **changes: Any) -> bytes:
+    """The JSON of a block, changed."""
+    return msgspec.json.encode(msgspec.json.decode(json) | changes)
+
+
+UNREAD: dict[str, Callable[[bytes], Any]] = {
+    "empty": lambda _: b"{}",
+    "nothing": lambda _: b"",
+    "a number": lambda _: 5,
+    "torn": lambda json: json[:40],
+    "no data": lambda json: json.replace(b'"data"', b'"gone"'),
+    "a time too many": lambda json: parts(json, times=[0] * 6),
+    "one too few": lambda json: parts(json, times=[0] * 4, data=[{"tool": "read", "request_id": "0"}] * 4),
+    "no such time": lambda json: parts(json, times=[10**18] * 5),
+    "no UTF-8": lambda json: json.replace(b'"test"', b'"te\xffst"'),
+    "deep": lambda json: parts(json, data=[]).replace(
+        b'"data":[]', b'"data":[' + b"[" * 200_000 + b"]" * 200_000 + b"]"
+    ),
+    "a line of version 2": lambda _: b'{"specversion"',
+}
+
+
+@pytest.mark.parametrize("change", UNREAD.values(), ids=UNREAD)
+def test_what_cannot_be_read_of_a_block_is_replayed_as_gaps_and_counted(
+    tmp_path: Path, change: Callable[[bytes], Any]
+) -> None:
+    path = damaged(tmp_path)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        [row] = raw.execute(f"SELECT {COLUMNS} FROM calls").fetchall()
+        block = Block(*row)
+        block = block._replace(json=change(block.json))
+        raw.execute("UPDATE calls SET json = ?", (block.json,))
+    rest = tail(block, 2)  # nor what is left of it when the others were let go
+    assert rest is not None
+    assert [(record.sequence, record.json) for record in unpack(rest)] == [(n, UNREADABLE) for n in (3, 4, 5)]
     with EventLog.open(path, source="test", ring=1) as log:
         told = [decode(record.json).data for record in log.page(0, 9)]
         assert [data.first for data in told if isinstance(data, Gap)] == [1, 2, 3, 4, 5]

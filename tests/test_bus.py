@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import threading
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import msgspec
 import pytest
 
 from events.backlog import Backlog
-from events.bounds import TEXT_CHARS
+from events.bounds import NAME_CHARS, TEXT_CHARS
 from events.bus import EventBus
 from events.envelope import (
     DATA_TYPES,
@@ -20,6 +21,7 @@ from events.envelope import (
     CloudEvent,
     EngineStopping,
     Event,
+    EventData,
     PluginFacts,
     PluginLog,
     Transition,
@@ -147,6 +149,31 @@ def test_a_text_that_is_too_long_is_cut_before_anything_sees_it_and_says_how_lon
     assert bus.projection.snapshot()["ocr"].reason == event.data.reason
 
 
+@pytest.mark.parametrize("chars", [NAME_CHARS + 1, 10_000])
+@pytest.mark.parametrize("kind", DATA_TYPES.values())
+def test_only_what_is_told_may_be_long_so_that_many_events_fit_into_memory(
+    kind: type[EventData], chars: int
+) -> None:
+    fields, text = get_type_hints(kind), "x" * chars
+    texts: dict[str, Any] = {name: text for name, hint in fields.items() if hint in (str, str | None)}
+    others: dict[str, Any] = {name: 1 for name, hint in fields.items() if hint in (int, float, bool)}
+    if kind is Transition:
+        others["plugin"] = PluginFacts(text, text, tools=(text,))
+    data = EventBus(HealthProjection()).publish(kind(**texts, **others), "ocr").data
+    found = {name: getattr(data, name) for name in texts}
+    if isinstance(data, Transition):
+        assert isinstance(data.plugin, PluginFacts)
+        found |= {
+            "description": data.plugin.description,
+            "version": data.plugin.version,
+            "tool": data.plugin.tools[0],
+        }
+    for name, kept in found.items():
+        room = TEXT_CHARS if name in ("message", "reason", "why", "description") else NAME_CHARS
+        assert len(kept) == min(chars, room), name
+        assert kept.endswith(f"x… ({chars} characters)") == (chars > room), name
+
+
 def test_what_utf_8_does_not_have_is_written_out_wherever_it_stands() -> None:
     bus = EventBus(HealthProjection())
     facts = PluginFacts("1\ud800", "zwölf\udc80", tools=("read\udfff", "größe"))
@@ -179,7 +206,7 @@ def test_every_type_and_field_of_events_is_on_the_page() -> None:
         assert re.findall(r"^\| `(\w+)` \|", sections[name].split("\n## ")[0], re.MULTILINE) == fields, name
     envelope = page.split("\n## ")[1]
     assert re.findall(r"^\| `(\w+)` \|", envelope, re.MULTILINE) == list(CloudEvent.__struct_fields__)
-    assert str(TEXT_CHARS) in page
+    assert f"at most {TEXT_CHARS} characters long, any other text {NAME_CHARS};" in page
     for field in PluginFacts.__struct_fields__:
         assert f"`{field}`" in sections["plugin.transition"]
     retention = page.split("\n## Retention")[1]

@@ -154,6 +154,17 @@ def test_what_all_distributions_provide_is_read_only_where_the_name_says_too_lit
     assert looks == ["look"]
 
 
+def test_of_several_providers_the_first_with_a_version_tells_it(site: Path, folder: Path) -> None:
+    install(site, "hf-a", "4.0", "hf_two")
+    install(site, "hf-b", "4.0", "hf_two")
+    for name in "hf_a", "hf_b":
+        (site / f"{name}-4.0.dist-info" / "METADATA").write_text(
+            f"Name: {name}\n" + ("Version: 4.0\n" * (name == "hf_b"))
+        )
+    ((_, reason),) = checked(folder, Package(import_="hf_two", version=">=5"))
+    assert "is 4.0, but >=5 is needed" in reason
+
+
 def test_a_version_within_install_counts_too(site: Path, folder: Path) -> None:
     install(site, "hf-cv", "4.0", "hf_cv")
     ((_, reason),) = checked(folder, Package(import_="hf_cv", install="hf-cv>=5"))

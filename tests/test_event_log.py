@@ -208,26 +208,38 @@ def test_a_snapshot_that_cannot_be_used_is_counted_and_everything_replayed(path:
 @pytest.mark.parametrize(
     "data",
     [
-        CallProgress("t", "r", float("nan"), 1.0),
-        CallFinished("t", "r", True, float("inf")),
+        Event(2, 0, "ocr", CallProgress("t", "r", float("nan"), 1.0)),
+        Event(2, 0, "ocr", CallProgress("t", "r", 1.0, float("nan"))),
+        Event(2, 0, "ocr", CallFinished("t", "r", True, float("inf"))),
+        Event(2, 0, "ocr\udc80", CallStarted("t", "r")),
+        Event(2, 0, "ocr\udc80", PluginLog("log", "info", "line")),
+        Event(2, -(10**21), "ocr", CallStarted("t", "r")),
+        Event(2, 10**21, "ocr", CallStarted("t", "r")),
+        Event(2, 10**21, "ocr", Restarted(2)),
     ],
-    ids=["nan", "infinity"],
+    ids=["nan", "nan in all", "infinity", "subject", "subject of a line", "before 1", "after 9999", "its own row"],
 )
-def test_an_event_without_a_json_form_leaves_a_gap_in_its_place(
-    path: Path, data: CallProgress | CallFinished
-) -> None:
+def test_an_event_without_a_json_form_leaves_a_gap_in_its_place(path: Path, data: Event) -> None:
+    heard: list[Event] = []
     with open_log(path) as log:
-        bus = bus_of(log)
-        publish(bus, 1)
-        bus.publish(data, "ocr")
-        publish(bus, 1)
+        log.add_listener("test", heard.extend)
+        with log._changed:  # in one batch
+            log.offer(Event(1, 0, "ocr", CallStarted("t", "r")))
+            log.offer(data)
+            log.offer(Event(3, 0, "ocr", CallStarted("t", "r")))
         assert log.flush(LONG_S)
         replayed = list(log.replay())
         assert [event.sequence for event in replayed] == [1, 2, 3]
+        assert [type(event.data) for event in replayed] == [CallStarted, Gap, CallStarted]
         assert isinstance(replayed[1].data, Gap)
         assert "has no JSON form" in replayed[1].data.why
+        assert replayed[1].subject is None
+        assert [decode(record.json) for record in log.page(0, 9)] == replayed == heard
         assert log.state.dropped == 1
         assert log.faults["encode"].count == 1
+        assert log.load()[0] == {}
+    with open_log(path) as log:
+        assert log.load()[0] == fold_all(replayed)
 
 
 def test_an_event_that_cannot_be_read_back_is_replayed_as_a_gap_and_counted(path: Path) -> None:
@@ -435,12 +447,16 @@ def test_a_log_of_version_2_is_read_and_goes_on(path: Path) -> None:
         assert numbers(log.page(100, 150)) == list(range(101, 251))
 
 
+@pytest.mark.parametrize("version", ["1", "2"])
 def test_an_upgrade_that_is_interrupted_is_made_at_the_next_start(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    kept = of_version_1(path, "CREATE INDEX events_by_type ON events(type)")
+    kept = (
+        of_version_1(path, "CREATE INDEX events_by_type ON events(type)") if version == "1" else of_version_2(path)
+    )
     with monkeypatch.context() as broken:
-        broken.setattr(events.store, "_CALLS", (*events.store._CALLS, "CREATE TABLE meta(key)"))
+        statements = (*events.store._UPGRADES[version], "CREATE TABLE meta(key)")
+        broken.setitem(events.store._UPGRADES, version, statements)
         with pytest.raises(LogUnavailable):
             open_log(path)
     with open_log(path) as log:
@@ -912,6 +928,25 @@ def test_a_file_lost_with_its_connection_leaves_a_gap_where_its_events_were(path
         assert [event.sequence for event in replayed] == [1, *range(11, 16)]
 
 
+def test_a_commit_that_came_through_though_it_said_no_is_not_made_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_log(path) as log:
+        real, failures = log._store.append, iter([sqlite3.OperationalError("disk I/O error")])
+
+        def append(packed: Packed) -> None:
+            real(packed)
+            if (failure := next(failures, None)) is not None:
+                raise failure
+
+        monkeypatch.setattr(log._store, "append", append)
+        published = publish_at_once(log, bus_of(log), 3)
+        assert log.flush(LONG_S)
+        assert next(failures, None) is None
+        assert log.state.ok
+        assert list(log.replay()) == published
+
+
 def test_a_lost_file_leaves_one_gap_however_often_the_next_write_fails(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -934,6 +969,9 @@ def test_a_lost_file_leaves_one_gap_however_often_the_next_write_fails(
         assert log.flush(LONG_S)
         assert next(failures, None) is None
         assert [event.sequence for event in log.replay()] == [1, *range(11, 16)]
+        publish(bus, 1)
+        assert log.flush(LONG_S)  # the writer saves a snapshot before it takes what came later
+        assert log._store.meta("snapshot") is not None, "it was in the file"
 
 
 @contextlib.contextmanager
@@ -1027,18 +1065,33 @@ def test_a_few_huge_events_fill_the_backlog_as_many_small_ones_do(
         assert log._backlog._waiting_bytes == log._backlog._taken_bytes == 0
 
 
-def test_the_ring_is_bounded_in_bytes_and_never_has_a_hole(path: Path) -> None:
+@pytest.mark.parametrize("long", ["x" * 8000, "\x01" * 8000], ids=["plain", "escaped"])
+def test_the_ring_is_bounded_in_bytes_and_never_has_a_hole(path: Path, long: str) -> None:
     with open_log(path, ring=64) as log:
         bus = bus_of(log)
         for number in range(300):
-            bus.publish(PluginLog("output", "info", "x" * (8000 if number % 7 else 10)), "ocr")
+            bus.publish(PluginLog("output", "info", long if number % 7 else "x"), "ocr")
+            bus.publish(CallFinished("\x01" * 256, "\x02" * 256, False, 1.0, "\x03" * 256), "ocr")
             if number % 10 == 0:
                 assert log.flush(LONG_S)
+                kept = log._ring._kept  # which a reader does not make heavier
+                log._ring.read(kept.floor, log.durable, 1000, Filter())
+                sizes = [len(each.json) if isinstance(each, Record) else weight(each) for each in kept.entries]
+                assert sum(sizes) < 2 * 64 * 1024 + 20 * 50_000
+                assert log._ring._bytes == sum(sizes)
         assert log.flush(LONG_S)
         kept = log._ring._kept
-        assert sum(weight(entry) for entry in kept.entries if isinstance(entry, Event)) < 2 * 64 * 1024 + 10 * 9000
-        assert numbers(kept.entries) == list(range(kept.floor + 1, 301))
-        assert numbers(log.page(0, 1000)) == list(range(1, 301))
+        assert numbers(kept.entries) == list(range(kept.floor + 1, 601))
+        assert numbers(log.page(0, 1000)) == list(range(1, 601))
+
+
+def test_a_line_is_made_once_for_all_its_readers(path: Path) -> None:
+    with open_log(path) as log:
+        publish(bus_of(log), 3)
+        assert log.flush(LONG_S)
+        assert [type(entry) for entry in log._ring._kept.entries] == [Event] * 3
+        first, again = log.page(0, 9), log.page(0, 9)
+        assert [one is other for one, other in zip(first, again, strict=True)] == [True] * 3
 
 
 def test_a_data_folder_that_becomes_read_only_degrades_the_log_until_it_is_writable(small_disk: Path) -> None:
@@ -1080,11 +1133,10 @@ def test_a_writer_that_fails_unforeseen_says_so_and_ends(path: Path, monkeypatch
 
     monkeypatch.setattr(log._writer._projection, "apply", broken)
     publish(bus, 1)
-    log._writer._thread.join(LONG_S)
-    assert not log.state.ok
-    assert "a fault of ours" in (log.state.error or "")
-    assert log.faults["writer"].count == 1
+    wait_until(log, lambda: "a fault of ours" in (log.state.error or ""))
     assert not log.close().ok
+    assert not log._writer._thread.is_alive()
+    assert log.faults["writer"].count == 1
 
 
 # Opening
@@ -1154,11 +1206,12 @@ def wal_without_database(path: Path) -> None:
         (truncated, "damaged|malformed"),
         (of_something_else, "a database of something else"),
         (changed("UPDATE meta SET value = '7' WHERE key = 'version'"), "schema version is 7, not 3"),
+        (changed("DROP TABLE calls"), "it has no table `calls`"),
         (changed("DELETE FROM calls WHERE first = 257"), "64 numbers are missing and no gap event says why"),
         (changed("DELETE FROM calls WHERE first < 65"), "numbering begins at 65, not at 1"),
         (wal_without_database, "the database is gone but its -wal file is there"),
     ],
-    ids=["not sqlite", "page", "truncated", "something else", "version", "hole", "beginning", "wal only"],
+    ids=["not sqlite", "page", "truncated", "something else", "version", "table", "hole", "beginning", "wal only"],
 )
 def test_an_unsound_log_is_named_moved_aside_whole_and_replaced_by_a_new_one(
     path: Path, damage: Callable[[Path], None], why: str
@@ -1220,7 +1273,7 @@ audit.attach(log)
 bus = EventBus(HealthProjection(log.load()[0]), last=log.last)
 bus.subscribe(log)
 def tell(batch):
-    os.write(1, b"".join(encode(event, log.source) + b"\\n" for event in batch))
+    os.write(1, b"".join(encode(event, "child") + b"\\n" for event in batch))
 
 log.add_listener("tell", tell)
 paced = threading.Semaphore(2000)

@@ -28,7 +28,7 @@ from zoo import FAULTS
 
 STORM_S = float(os.environ.get("HOLDFAST_STORM_S", "6"))
 IDLE_S = 2.0  # of reading health beforehand
-WARM_UP_S = max(2.0, STORM_S / 4)  # of storm: the log keeps its latest 8192 events in memory, and is to be full
+WARM_UP_S = max(2.0, STORM_S / 4)  # of storm: the log keeps its latest events in memory, and is to be full
 MAX_GROWTH_MIB = 20
 MIB = 1024 * 1024
 
