@@ -91,6 +91,6 @@ class EventBus:
         return event
 
     def _note_fault(self, name: str, exc: Exception) -> None:
-        last = f"{type(exc).__name__}: {exc}"
-        self.faults[name] = Fault.after(self.faults.get(name), last)
-        log.error("subscriber_failed", subscriber=name, error=last)
+        fault = self.faults[name] = Fault.after(self.faults.get(name), f"{type(exc).__name__}: {exc}")
+        if fault.count.bit_count() == 1:  # 1, 2, 4, …: it may well fail on each event from now on
+            log.error("subscriber_failed", subscriber=name, error=fault.last, count=fault.count)

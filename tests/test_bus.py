@@ -80,6 +80,18 @@ def test_a_subscriber_that_raises_is_counted_and_named_and_disturbs_nobody() -> 
     assert bus.faults["broken"].last == "RuntimeError: cannot take 3"
 
 
+def test_a_subscriber_that_fails_on_every_event_does_not_fill_the_log_of_the_server(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    bus = EventBus(HealthProjection())
+    bus.subscribe(Broken())
+    for _ in range(1000):
+        bus.publish(EngineStopping())
+    assert bus.faults["broken"].count == 1000
+    told = re.findall(r"subscriber_failed.*cannot take (\d+)", "".join(capfd.readouterr()))
+    assert [int(number) for number in told] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+
+
 def test_an_event_is_folded_before_subscribers_are_offered_it() -> None:
     bus = EventBus(HealthProjection())
     seen: list[int] = []
