@@ -27,7 +27,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from events.envelope import CallFinished, CallProgress, CallStarted, Event, encode_all, encode_raw
+from events.envelope import CallFinished, CallProgress, CallStarted, Event, encode_line
 from events.record import Record
 
 SPAN = 64
@@ -105,12 +105,17 @@ def window(number: int) -> int:
     return (number - 1) // SPAN * SPAN
 
 
+def window_end(number: int) -> int:
+    """The last number of it."""
+    return window(number) + SPAN
+
+
 def pack(events: Sequence[Event], source: str) -> Packed:
     """Events of the engine `source`, in the order of their numbers, as the file is to have them.
 
     Raises where one has no JSON form, or none that could be read: NaN and infinity would be written as null.
     """
-    rows: list[Event] = []
+    rows: list[Record] = []
     calls: dict[tuple[int, str], list[Event]] = {}
     block: list[Event] = []  # that the last call went into
     subject, end = "", 0
@@ -125,18 +130,14 @@ def pack(events: Sequence[Event], source: str) -> Packed:
         if not finite:
             raise ValueError("not a finite number")
         if event.subject is None or type(data) not in _MARKS:
-            rows.append(event)
+            rows.append(Record.of(event, source))
             continue
         if event.sequence > end or event.subject != subject:
-            subject, end = event.subject, window(event.sequence) + SPAN
+            subject, end = event.subject, window_end(event.sequence)
             subject.encode()  # a lone surrogate would be SQLite's to refuse, and for the whole batch
             block = calls.setdefault((end, subject), [])
         block.append(event)
-    records = [
-        Record(event.sequence, event.type, event.subject, line)
-        for event, line in zip(rows, encode_all(rows, source), strict=True)
-    ]
-    return Packed(records, [_block(subject, of_it, source) for (_, subject), of_it in calls.items()])
+    return Packed(rows, [_block(subject, of_it, source) for (_, subject), of_it in calls.items()])
 
 
 def _block(subject: str, events: Sequence[Event], source: str) -> Block:
@@ -154,48 +155,44 @@ def unpack(block: Block) -> list[Record]:
     Raises:
         DamagedBlock: it is not known which numbers it has.
     """
-    numbers = block.numbers
+    numbers, subject, parts = block.numbers, block.subject, _parts(block)
     types = [_TYPES[mark // SPAN].TYPE for mark in block.marks]
-    if _is_lines(block):
-        lines = block.json.split(b"\n")
-    elif (calls := _parsed(block)) is not None:
-        lines = encode_raw(numbers, types, block.subject, calls.times, calls.data, calls.source)
+    if isinstance(parts, _Read):
+        each = zip(numbers, types, parts.times, parts.data, strict=True)
+        lines = [
+            encode_line(n, kind, subject, time_us * 1000, data, parts.source) for n, kind, time_us, data in each
+        ]
     else:
-        lines = []
-    if len(lines) != len(numbers):
-        lines = [UNREADABLE] * len(numbers)
-    return [
-        Record(number, kind, block.subject, line) for number, kind, line in zip(numbers, types, lines, strict=True)
-    ]
+        lines = parts or [UNREADABLE] * len(numbers)
+    return [Record(number, kind, subject, line) for number, kind, line in zip(numbers, types, lines, strict=True)]
 
 
 def tail(block: Block, after: int) -> Block | None:
     """What of a block is numbered above `after`; None: nothing. Raises DamagedBlock."""
-    numbers = block.numbers
+    numbers, parts = block.numbers, _parts(block)
     start = bisect_right(numbers, after)
     if start == len(numbers):
         return None
     first = numbers[start]
     marks = bytes([mark - (first - block.first) for mark in block.marks[start:]])
-    json = UNREADABLE
-    if _is_lines(block):
-        lines = block.json.split(b"\n")
-        if len(lines) == len(numbers):
-            json = b"\n".join(lines[start:])
-    elif (calls := _parsed(block)) is not None:
-        json = _encoder.encode(_Calls(calls.source, calls.times[start:], calls.data[start:]))
+    if isinstance(parts, _Read):
+        json = _encoder.encode(_Calls(parts.source, parts.times[start:], parts.data[start:]))
+    else:
+        json = UNREADABLE if parts is None else b"\n".join(parts[start:])
     return Block(first, block.subject, marks, json)
 
 
-def _is_lines(block: Block) -> bool:
-    """Whether it was written by version 2 of the file, which had their CloudEvents lines there."""
-    return isinstance(block.json, bytes) and block.json.startswith(b'{"specversion"')
+def _parts(block: Block) -> _Read | list[bytes] | None:
+    """What a block holds, a part for each of its numbers; None where that cannot be told.
 
-
-def _parsed(block: Block) -> _Read | None:
-    """None where that cannot be told."""
+    Whole CloudEvents lines, if it was written by version 2 of the file.
+    """
+    json, count = block.json, len(block.marks)
+    if isinstance(json, bytes) and json.startswith(b'{"specversion"'):
+        lines = json.split(b"\n")
+        return lines if len(lines) == count else None
     try:
-        calls = _decoder.decode(block.json)
+        calls = _decoder.decode(json)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError):  # a column may hold a number
         return None
-    return calls if len(calls.times) == len(calls.data) == len(block.marks) else None
+    return calls if len(calls.times) == len(calls.data) == count else None

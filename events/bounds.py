@@ -23,8 +23,12 @@ _TOLD = ("message", "reason", "why", "description")
 
 Texts = TypeVar("Texts", bound=msgspec.Struct)
 
-_TEXTS: dict[type[msgspec.Struct], tuple[str, ...]] = {
-    kind: tuple(name for name, hint in get_type_hints(kind).items() if hint in (str, str | None))
+_TEXTS: dict[type[msgspec.Struct], dict[str, int]] = {  # by kind: each text, and how long it may be
+    kind: {
+        name: TEXT_CHARS if name in _TOLD else NAME_CHARS
+        for name, hint in get_type_hints(kind).items()
+        if hint in (str, str | None)
+    }
     for kind in (*DATA_TYPES.values(), PluginFacts)
 }
 
@@ -35,7 +39,7 @@ def _reader(names: tuple[str, ...]) -> Callable[[Any], tuple[str | None, ...]]:
     return attrgetter(*names) if len(names) > 1 else lambda data: tuple(getattr(data, name) for name in names)
 
 
-_READERS = {kind: _reader(_TEXTS[kind]) for kind in DATA_TYPES.values()}
+_READERS = {kind: _reader(tuple(_TEXTS[kind])) for kind in DATA_TYPES.values()}
 
 
 def bounded(data: EventData) -> EventData:
@@ -51,11 +55,8 @@ def bounded(data: EventData) -> EventData:
 
 
 def _fit_all(data: Texts) -> Texts:
-    texts = {name: getattr(data, name) for name in _TEXTS[type(data)]}
-    return replace(
-        data,
-        **{name: text and _fit(text, TEXT_CHARS if name in _TOLD else NAME_CHARS) for name, text in texts.items()},
-    )
+    texts = {name: (getattr(data, name), chars) for name, chars in _TEXTS[type(data)].items()}
+    return replace(data, **{name: text and _fit(text, chars) for name, (text, chars) in texts.items()})
 
 
 def _fit(text: str, chars: int = NAME_CHARS) -> str:

@@ -20,7 +20,7 @@ from typing import Protocol
 import msgspec
 
 from events.backlog import AVERAGE_BYTES, LogClosed, weight
-from events.envelope import TYPE_PREFIX, Event, Gap, encode
+from events.envelope import TYPE_PREFIX, Event, Gap
 from events.record import Record
 from events.retention import LET_GO
 
@@ -132,7 +132,7 @@ class Ring:
                 if len(found) == limit:
                     return Page(found, found[-1].end)
                 if isinstance(entry, Event):  # made for all by whoever comes first; two at once make the same
-                    record = Record(entry.sequence, entry.type, entry.subject, encode(entry, self._source))
+                    record = Record.of(entry, self._source)
                     if _weight(record) <= _weight(entry):  # else every reader makes its own
                         entries[index] = record
                     entry = record

@@ -6,7 +6,7 @@ what stands behind `holdfast.` in the envelope's `type`. New fields get defaults
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
@@ -233,54 +233,24 @@ def rfc3339_all(times_ns: Iterable[int]) -> list[str]:
 def encode(event: Event, source: str) -> bytes:
     """The event as CloudEvents JSON, one line."""
     data = event.data
-    return _encoder.encode(_envelope(event.sequence, data.TYPE, event.subject, event.time, data, source))
+    return encode_line(event.sequence, data.TYPE, event.subject, event.time_ns, data, source)
 
 
-def encode_all(events: Sequence[Event], source: str) -> list[bytes]:
-    """`encode(event, source)` of each: many at once take three quarters of the time."""
-    times = rfc3339_all(event.time_ns for event in events)
-    return _lines(
-        [
-            _envelope(event.sequence, event.data.TYPE, event.subject, time, event.data, source)
-            for event, time in zip(events, times, strict=True)
-        ]
+def encode_line(
+    sequence: int, kind: str, subject: str | None, time_ns: int, data: EventData | msgspec.Raw, source: str
+) -> bytes:
+    """`encode` of an event's parts; of its data may be there what it was encoded to, which stays as it is."""
+    return _encoder.encode(
+        CloudEvent(
+            id=str(sequence),
+            source=source,
+            type=TYPE_PREFIX + kind,
+            subject=subject,
+            time=rfc3339(time_ns),
+            sequence=sequence,
+            data=data,
+        )
     )
-
-
-def encode_raw(
-    numbers: Sequence[int],
-    types: Sequence[str],
-    subject: str,
-    times_us: Sequence[int],
-    data: Sequence[msgspec.Raw],
-    source: str,
-) -> list[bytes]:
-    """`encode` of events of one plugin, of which `data` is encoded already; times in microseconds."""
-    times = rfc3339_all(time_us * 1000 for time_us in times_us)
-    return _lines(
-        [
-            _envelope(number, kind, subject, time, of_it, source)
-            for number, kind, time, of_it in zip(numbers, types, times, data, strict=True)
-        ]
-    )
-
-
-def _envelope(sequence: int, kind: str, subject: str | None, time: str, data: Any, source: str) -> CloudEvent:
-    return CloudEvent(
-        id=str(sequence),
-        source=source,
-        type=TYPE_PREFIX + kind,
-        subject=subject,
-        time=time,
-        sequence=sequence,
-        data=data,
-    )
-
-
-def _lines(envelopes: Sequence[CloudEvent]) -> list[bytes]:
-    lines = _encoder.encode_lines(envelopes).split(b"\n")
-    lines.pop()  # what follows the last line's end
-    return lines
 
 
 def decode(line: bytes | str) -> Event:

@@ -19,7 +19,6 @@ import msgspec
 import structlog
 
 from events.backlog import Backlog, LogClosed
-from events.blocks import Packed
 from events.bus import Fault
 from events.cursor import Cursor, Filter, Page, Ring, Wakeups
 from events.envelope import Event, Gap, decode
@@ -251,8 +250,8 @@ class EventLog:
         self._wakeups.notify()
         return self.state
 
-    def _publish(self, batch: Sequence[Event], packed: Packed) -> None:
-        self._ring.extend(batch, packed.rows)
+    def _publish(self, batch: Sequence[Event], made: Sequence[Record]) -> None:
+        self._ring.extend(batch, made)
         with self._changed:
             self._reading.durable = batch[-1].end
             self._backlog.settle()

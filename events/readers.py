@@ -127,7 +127,7 @@ def _calls(reader: sqlite3.Connection, wanted: _Wanted) -> list[Record]:
         if block.first > end:  # what belongs before it is complete
             if len(found) >= limit:
                 break
-            end = blocks.window(block.first) + blocks.SPAN
+            end = blocks.window_end(block.first)
         if subjects is None or block.subject in subjects:
             found += (
                 record

@@ -11,7 +11,7 @@ import time
 from events.backlog import Backlog, LogClosed
 from events.blocks import UNREADABLE
 from events.cursor import Filter, Page, Ring
-from events.envelope import Event, Gap, encode
+from events.envelope import Event, Gap
 from events.record import Record, explain
 from events.store import Store
 
@@ -85,5 +85,4 @@ class Reading:
         )
 
     def _record(self, number: int, gap: Gap) -> Record:
-        event = Event(number, time.time_ns(), None, gap)
-        return Record(number, gap.TYPE, None, encode(event, self._source))
+        return Record.of(Event(number, time.time_ns(), None, gap), self._source)

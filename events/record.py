@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from events.envelope import Gap
+from events.envelope import Event, Gap, encode
 
 _NEXT_STEP = {
     "SQLITE_FULL": "free space on that disk",
@@ -31,6 +31,11 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     type: str
     subject: str | None
     json: bytes
+
+    @classmethod
+    def of(cls, event: Event, source: str) -> Record:
+        """The record of an event of the engine `source`. Raises where it has no JSON form."""
+        return cls(event.sequence, event.type, event.subject, encode(event, source))
 
     @property
     def end(self) -> int:

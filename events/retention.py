@@ -141,7 +141,7 @@ class Retention:
                 page = self._store.read(first - 1, until, ROWS)
             except blocks.DamagedBlock as exc:  # nobody knows its age: it goes with what is before and after it
                 self._note_fault("damaged", exc)
-                until = blocks.window(exc.first) + blocks.SPAN
+                until = blocks.window_end(exc.first)
                 page = self._store.read(first - 1, blocks.window(exc.first), ROWS)
             for record in page:
                 if _time_of(record) >= oldest:

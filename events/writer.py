@@ -20,7 +20,7 @@ from events.backlog import Backlog
 from events.blocks import Packed, pack
 from events.envelope import Event, Gap
 from events.projections import HealthProjection
-from events.record import CorruptLog, LogUnavailable, explain
+from events.record import CorruptLog, LogUnavailable, Record, explain
 from events.retention import Retention
 from events.snapshot import Snapshot, save_snapshot
 from events.store import Store
@@ -50,7 +50,7 @@ class Writer:
         projection: HealthProjection,
         retain_events: int | None,
         retain_days: float | None,
-        on_durable: Callable[[Sequence[Event], Packed], None],
+        on_durable: Callable[[Sequence[Event], Sequence[Record]], None],
         note_fault: Callable[[str, Exception], None],
     ) -> None:
         self._store = store
@@ -122,7 +122,7 @@ class Writer:
         if not self._write(packed, sound[-1].end):
             return False
         self._durable = sound[-1].end
-        self._on_durable(sound, packed)
+        self._on_durable(sound, packed.rows)
         if self._durable - self._snapshot_at >= SNAPSHOT_EVERY:
             self._save_snapshot()
         return True
